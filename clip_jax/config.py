@@ -1,0 +1,187 @@
+"""The configuration of a run: every hyper-parameter, its default, and the command line over it.
+
+A file in configs/ starts from `default_config()` and sets what differs; the command line has the
+last word: `--config=configs/X.py --workdir=DIR --config.field=value`.
+"""
+
+import ast
+import difflib
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+from clip_jax.errors import UserError
+from clip_jax.models import ARCHITECTURES, CLIPConfig
+
+
+def default_config() -> ConfigDict:
+    """Every field there is.  What has no sensible default is None, and must be set by a config file."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "batch_size": 256,  # pairs a step, over all devices
+            "total_steps": 10_000,
+            "log_every": 50,  # steps
+            "checkpoint_every": 1_000,  # steps
+            "checkpoints_kept": 3,
+            "model": architecture("ViT-B/32"),
+            "mesh": {"data": -1, "fsdp": 1},  # devices along each axis; -1: all that are left
+            "optimizer": {  # AdamW; the defaults are open_clip's
+                "learning_rate": 5e-4,  # at the end of warm-up
+                "warmup_steps": 500,
+                "weight_decay": 0.2,  # not of gains, biases and logit_scale
+                "b1": 0.9,
+                "b2": 0.98,
+                "eps": 1e-6,
+                "gradient_clip": 1.0,  # global norm
+            },
+            "data": {
+                # Folders of prepared TFDS sets in ArrayRecord, such as ~/tensorflow_datasets/coco_captions/2014/1.1.0
+                "sets": (),
+                "split": "train",
+                "image": "image",  # the field that holds a picture
+                "caption": "caption",  # the field that holds a text, or several, of which one is drawn
+                # A field that says what a picture shows: pictures alike in it count as one example, of which
+                # one is drawn.  A batch then never holds the same thing twice, as a false negative.
+                "group": "",
+                # A field of keywords: with this probability the caption is up to three of them instead, after
+                # the caption itself half of the time.
+                "keywords": "",
+                "keyword_rate": 0.0,
+                "templates": ("{}",),  # a caption is put into one of these ...
+                "template_rate": 0.0,  # ... with this probability
+                "augment": {
+                    "crop_scale": (0.9, 1.0),  # share of the picture's area: RandomResizedCrop, as open_clip's
+                    "rotate": 0.0,  # degrees, either way
+                    "zoom": (1.0, 1.0),
+                    "shift": 0.0,  # share of the side, either way
+                    "stretch": 0.0,  # logarithm of the change of the aspect ratio, either way
+                    "color_rate": 0.0,  # probability of mild changes of brightness and contrast of each channel
+                    "background_rate": 0.0,  # probability that transparency shows a random colour, not white
+                },
+                "cache": False,  # keep all decoded pictures in memory
+                "threads": 16,
+                "prefetch": 8,  # batches
+            },
+        }
+    )
+
+
+def architecture(name: str) -> ConfigDict:
+    """A named architecture as configuration fields."""
+    if name not in ARCHITECTURES:
+        raise UserError(f"no architecture {name!r}{did_you_mean(name, ARCHITECTURES)}; there are {', '.join(ARCHITECTURES)}")
+    return ConfigDict(ARCHITECTURES[name].to_dict(), type_safe=True)
+
+
+def model_config(config: ConfigDict) -> CLIPConfig:
+    """The architecture of a configuration, checked."""
+    return CLIPConfig.from_dict(config.model.to_dict())
+
+
+def load_config(path: str) -> ConfigDict:
+    """Runs `get_config()` of a Python file."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = did_you_mean(file.name, [f.name for f in file.parent.glob("*.py")])
+        raise UserError(f"--config={path}: no such file{near}")
+    definitions = runpy.run_path(str(file))
+    if "get_config" not in definitions:
+        raise UserError(f"--config={path}: expected a function get_config() in it, found none")
+    return definitions["get_config"]().lock()
+
+
+def parse_command_line(arguments: list[str], options: dict[str, str]) -> tuple[dict[str, str], ConfigDict | None]:
+    """Reads `--name=value` for the names in `options`, and `--config.field=value` over the config file.
+
+    Args:
+      arguments: the command line without the program.
+      options: the names and their defaults; without `config` among them no fields are accepted.
+
+    Returns:
+      The options with the values given, and the configuration if there is an option `config`.
+    """
+    options, fields = dict(options), {}
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        known = [f"--{option}" for option in options]
+        if not argument.startswith("--") or not equals:
+            raise UserError(f"argument {argument!r}: expected --name=value; the names are {', '.join(known)}")
+        if name.startswith("config.") and "config" in options:
+            fields[name.removeprefix("config.")] = value
+        elif name in options:
+            options[name] = value
+        else:
+            raise UserError(f"unknown option --{name}{did_you_mean('--' + name, known)}; the names are {', '.join(known)}")
+    if "config" not in options:
+        return options, None
+    config = load_config(options["config"])
+    for name, value in fields.items():
+        set_field(config, name, value)
+    return options, config
+
+
+def set_field(config: ConfigDict, name: str, text: str) -> None:
+    """Sets a field, given by its dotted name, to a value of the type that it has."""
+    *groups, leaf = name.split(".")
+    place = config
+    for group in groups:
+        place = place.get(group) if isinstance(place, ConfigDict) else None
+    if not isinstance(place, ConfigDict) or leaf not in place:
+        raise UserError(f"unknown field config.{name}{did_you_mean(name, _field_names(config))}")
+    current = place[leaf]
+    if isinstance(current, ConfigDict):
+        raise UserError(f"config.{name} is a group of fields: {', '.join(f'config.{name}.{f}' for f in current)}; set one of those")
+    place[leaf] = _parse_value(text, current, name)
+
+
+def _parse_value(text: str, current, name: str):
+    expected = type(current)
+    if expected is str:
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (ValueError, SyntaxError):
+        value = text
+    if expected is float and type(value) is int:
+        value = float(value)
+    if expected is tuple and isinstance(value, (list, str, int, float)):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    if type(value) is not expected:
+        raise UserError(f"config.{name}: expected {expected.__name__} such as {current!r}, found {text!r}")
+    return value
+
+
+def _field_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    names = []
+    for name, value in config.items():
+        names += _field_names(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
+    return names
+
+
+def did_you_mean(name: str, known) -> str:
+    """`; did you mean X or Y?`, or nothing where no known name is near."""
+    known = list(known)
+    # A field is often remembered without its group.
+    near = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    near += [k for k in difflib.get_close_matches(name, known, n=3, cutoff=0.6) if k not in near]
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what one field cannot know of another, before anything is allocated."""
+    model_config(config)
+    for name in ("batch_size", "total_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
+        if config[name] < 1:
+            raise UserError(f"config.{name} is {config[name]}, expected at least 1")
+    if not config.data.sets:
+        raise UserError("config.data.sets is empty, expected the folder of at least one prepared TFDS set")
+    if config.optimizer.warmup_steps >= config.total_steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps {config.optimizer.warmup_steps} does not leave any of the "
+            f"{config.total_steps} steps of config.total_steps; lower it"
+        )
+    for i, template in enumerate(config.data.templates):
+        if template.count("{}") != 1:
+            raise UserError(f"config.data.templates[{i}] is {template!r}, expected one {{}} in it for the caption")

@@ -1,0 +1,159 @@
+"""From prepared TFDS sets to batches: which pair comes when, and what is drawn for it.
+
+The order is a pure function of (seed, step).  One pass draws every example once, in a new order each
+time; what is left over at the end of a pass, less than a batch, is dropped, so that a batch never
+holds an example twice.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from clip_jax import images
+from clip_jax.errors import UserError
+from clip_jax.tokenizer import tokenize
+
+
+class Records:
+    """Random access to the records of prepared TFDS sets, one set after the other, pictures still encoded."""
+
+    def __init__(self, folders: tuple[str, ...], split: str):
+        self.folders = folders
+        self.split = split
+        self.parts = [_open_set(folder, split) for folder in folders]
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part, place = self._locate(index)
+        return self.parts[part][place]
+
+    def where(self, index: int) -> str:
+        """Names a record, for errors."""
+        part, place = self._locate(index)
+        return f"{self.folders[part]} split {self.split} record {place}"
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return part, int(index - self.starts[part])
+
+
+def texts(value: Any) -> list[str]:
+    """The texts of a record's field, which holds one or several; stripped, the empty ones left out."""
+    values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    stripped = [(v.decode() if isinstance(v, bytes) else str(v)).strip() for v in values]
+    return [text for text in stripped if text]
+
+
+def _open_set(folder: str, split: str):
+    path = pathlib.Path(folder).expanduser()
+    if not (path / "dataset_info.json").is_file():
+        found = "no such folder" if not path.is_dir() else "no dataset_info.json in it"
+        raise UserError(f"data set {folder}: expected the folder of a prepared TFDS set, found {found}; see config.data.sets")
+    builder = tfds.builder_from_directory(path)
+    if split not in builder.info.splits:
+        known = ", ".join(builder.info.splits) or "none"
+        raise UserError(f"data set {folder}: no split {split!r}; the splits are {known}; see config.data.split")
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(
+            f"data set {folder}: expected ArrayRecord files, found {builder.info.file_format.value}; "
+            "prepare it again with file_format='array_record'"
+        )
+    pictures = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+    source = builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in pictures})
+    if not len(source):
+        raise UserError(f"data set {folder}: split {split!r} is empty, expected at least one record")
+    return source
+
+
+class TrainingExamples:
+    """What a step can draw from: records, or groups of records that show the same thing."""
+
+    def __init__(self, config: ConfigDict):
+        data = config.data
+        self.records = Records(data.sets, data.split)
+        self.data = data
+        self.image_size = config.model.vision.image_size
+        self.context_length = config.model.text.context_length
+        for field in filter(None, (data.image, data.caption, data.group, data.keywords)):
+            if field not in self.records[0]:
+                raise UserError(
+                    f"{self.records.where(0)}: no field {field!r}; the fields are {', '.join(self.records[0])}; "
+                    "see config.data.image, caption, group and keywords"
+                )
+        groups = {}
+        for index in range(len(self.records)):
+            key = texts(self.records[index][data.group])[0] if data.group else index
+            groups.setdefault(key, []).append(index)
+        self.groups = list(groups.values())
+        if data.cache:
+            self._read = functools.cache(self._read)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self.groups[index]
+
+    def draw(self, group: list[int], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """One pair: an augmented picture, uint8 [S, S, 3], and the tokens of a caption, int32 [T]."""
+        image, captions, keywords = self._read(group[int(rng.integers(len(group)))])
+        image = images.augment(image, self.image_size, self.data.augment, rng)
+        # As OpenAI trained: a caption that is too long loses its end, and keeps its EOT.
+        tokens = tokenize(self._caption(captions, keywords, rng), self.context_length, truncate=True)[0]
+        return {"image": image, "tokens": tokens}
+
+    def _read(self, index: int) -> tuple[PIL.Image.Image, list[str], list[str]]:
+        """The picture, the captions and the keywords of a record."""
+        record, where = self.records[index], self.records.where(index)
+        captions = texts(record[self.data.caption])
+        if not captions:
+            raise UserError(
+                f"{where} field {self.data.caption!r}: expected a caption, found an empty one; mend or remove this record"
+            )
+        image = images.decode(record[self.data.image], f"{where} field {self.data.image!r}")
+        if self.data.cache:  # In memory no pixel is kept that training would not see.
+            image = image.resize((self.image_size, self.image_size), PIL.Image.BICUBIC)
+        return image, captions, texts(record[self.data.keywords]) if self.data.keywords else []
+
+    def _caption(self, captions: list[str], keywords: list[str], rng: np.random.Generator) -> str:
+        caption = captions[int(rng.integers(len(captions)))]
+        if keywords and rng.random() < self.data.keyword_rate:
+            drawn = list(rng.permutation(keywords)[: rng.integers(1, 4)])
+            return ", ".join([caption, *drawn] if rng.random() < 0.5 else drawn)
+        if rng.random() < self.data.template_rate:
+            return self.data.templates[int(rng.integers(len(self.data.templates)))].format(caption)
+        return caption
+
+
+def training_batches(config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches: `image` uint8 [B, S, S, 3] and `tokens` int32 [B, T].
+
+    The iterator has `get_state()` and `set_state()`: the position, a small dictionary, whose
+    restoring costs the same at any step.
+    """
+    examples = TrainingExamples(config)
+    if len(examples) < config.batch_size:
+        raise UserError(
+            f"config.batch_size is {config.batch_size}, but {', '.join(config.data.sets)} split {config.data.split} "
+            f"has {len(examples)} examples, expected at least one batch; lower config.batch_size"
+        )
+    dataset = (
+        grain.MapDataset.source(examples)
+        .seed(config.seed)
+        .shuffle()
+        .random_map(examples.draw)
+        .batch(config.batch_size, drop_remainder=True)
+        .repeat()
+    )
+    options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.prefetch)
+    return iter(dataset.to_iter_dataset(options))

@@ -1,0 +1,20 @@
+"""Errors that are for people: one line that names what, where, and how to mend it."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input.  The programs print its message alone and exit with status 2."""
+
+
+def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Runs a program's `main`; bad input ends it with one line and status 2."""
+    try:
+        main(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,85 @@
+"""What a run reports while it runs: a progress bar, `metrics.jsonl`, and TensorBoard events."""
+
+import contextlib
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+import tensorboardX
+import tqdm
+
+
+class MetricsLog:
+    """The records of a run in its workdir.
+
+    A logged step has `step`, `samples_seen`, `loss` (of that step), `lr`, `samples_per_second` and
+    `data_wait` (both since the last logged step; the second is a share of the time, 0 to 1), and what
+    else the step measures.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int, total: int, batch_size: int, log_every: int):
+        self.batch_size, self.log_every = batch_size, log_every
+        self.file = workdir / "metrics.jsonl"
+        workdir.mkdir(parents=True, exist_ok=True)
+        # A run that was killed has logged steps after its last checkpoint; they are taken again.
+        kept = [record for record in read_metrics(self.file) if record["step"] <= start]
+        self.file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self.events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.bar = tqdm.tqdm(initial=start, total=total, unit="step", dynamic_ncols=True)
+        self.in_flight = None
+        self.waited, self.since, self.since_step = 0.0, time.perf_counter(), start
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        self.events.close()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time inside as waiting."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def record(self, step: int, metrics: dict[str, jax.Array], learning_rate: float) -> None:
+        """Takes the metrics of the step just started; writes them down if it is one to log."""
+        # One step may be under way while the next batch is made; further ahead the times would lie.
+        jax.block_until_ready(self.in_flight)
+        self.in_flight = metrics
+        self.bar.update()
+        if step % self.log_every and step != self.bar.total:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        elapsed = time.perf_counter() - self.since
+        record = {
+            "step": step,
+            "samples_seen": step * self.batch_size,
+            "loss": values.pop("loss"),
+            "lr": learning_rate,
+            "samples_per_second": (step - self.since_step) * self.batch_size / elapsed,
+            "data_wait": self.waited / elapsed,
+            **values,
+        }
+        self.waited, self.since, self.since_step = 0.0, time.perf_counter(), step
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step":
+                self.events.add_scalar(name, value, step)
+        self.bar.set_postfix_str(
+            f"loss {record['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
+            f"{record['samples_per_second']:.0f} samples/s, data wait {record['data_wait']:.0%}"
+        )
+
+
+def read_metrics(file: pathlib.Path) -> list[dict]:
+    """The records of a `metrics.jsonl`, none if there is no such file; a half-written last line is left out."""
+    if not file.is_file():
+        return []
+    lines = file.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,147 @@
+"""The image tower of CLIP's ResNets (Radford et al. 2021, section 2.4; openai/CLIP `clip/model.py:ModifiedResNet`).
+
+Three changes to a ResNet-50: a stem of three 3x3 convolutions with an average pool; strides that are
+average pools before a 1x1 convolution (anti-aliased), in the block and in its shortcut; and attention
+pooling, with the mean of the feature map as its query, in place of the global mean.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from clip_jax.models.architectures import ResNetConfig
+from clip_jax.models.transformer import Linear
+
+EXPANSION = 4  # channels out of a bottleneck, over those of its 3x3 convolution
+
+
+class ModifiedResNet(nnx.Module):
+    """Images to features of the shared space."""
+
+    def __init__(self, config: ResNetConfig, embedding: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        width = config.width
+        stem = ((3, width // 2, 2), (width // 2, width // 2, 1), (width // 2, width, 1))
+        self.stem = nnx.List(
+            [ConvolutionNorm(channels, features, 3, stride, dtype, rngs=rngs) for channels, features, stride in stem]
+        )
+        blocks, channels = [], width
+        for stage, count in enumerate(config.layers):
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(Bottleneck(channels, width * 2**stage, stride, dtype, rngs=rngs))
+                channels = EXPANSION * width * 2**stage
+        self.blocks = nnx.List(blocks)
+        positions = (config.image_size // config.stride) ** 2
+        self.pool = AttentionPool(positions, channels, config.heads, embedding, dtype, rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
+        """Features, not normalised, in float32.  `images` are normalised by the model's mean and std."""
+        x = images.astype(self.dtype)
+        for convolution in self.stem:
+            x = jax.nn.relu(convolution(x))
+        x = average_pool(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.pool(x).astype(jnp.float32)
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3, pool if there is a stride, 1x1; a shortcut; ReLU."""
+
+    def __init__(self, channels: int, width: int, stride: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        self.stride = stride
+        self.reduce = ConvolutionNorm(channels, width, 1, 1, dtype, rngs=rngs)
+        self.convolve = ConvolutionNorm(width, width, 3, 1, dtype, rngs=rngs)
+        self.expand = ConvolutionNorm(width, EXPANSION * width, 1, 1, dtype, gain=0.0, rngs=rngs)
+        changes_shape = stride > 1 or channels != EXPANSION * width
+        self.shortcut = (
+            ConvolutionNorm(channels, EXPANSION * width, 1, 1, dtype, rngs=rngs) if changes_shape else None
+        )
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
+        pool = average_pool if self.stride > 1 else lambda x: x
+        y = jax.nn.relu(self.reduce(x))
+        y = jax.nn.relu(self.convolve(y))
+        y = self.expand(pool(y))
+        if self.shortcut is not None:
+            x = self.shortcut(pool(x))
+        return jax.nn.relu(x + y)
+
+
+class ConvolutionNorm(nnx.Module):
+    """A convolution without bias and its BatchNorm.
+
+    Under `jax.jit` the batch is the global one, so the statistics are those of all devices.
+    """
+
+    def __init__(
+        self, channels: int, features: int, size: int, stride: int, dtype: jnp.dtype, gain: float = 1.0, *, rngs: nnx.Rngs
+    ):
+        self.size, self.stride = size, stride
+        init = nnx.initializers.he_normal(in_axis=(0, 1, 2), out_axis=3)
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, channels, features)))
+        self.norm = nnx.BatchNorm(
+            features,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            scale_init=nnx.initializers.constant(gain),
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
+        kernel = self.kernel[...].astype(x.dtype)
+        convolve = jax.lax.platform_dependent(
+            x, kernel, cpu=self._as_matrix_product, default=self._as_convolution
+        )
+        return self.norm(convolve).astype(x.dtype)
+
+    def _as_convolution(self, x: Array, kernel: Array) -> Array:
+        padding = self.size // 2
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            ((padding, padding), (padding, padding)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    def _as_matrix_product(self, x: Array, kernel: Array) -> Array:
+        """The same from shifted views: XLA's CPU gradients of convolutions are up to 14 times slower."""
+        _, height, width, _ = x.shape
+        side, stride = self.size, self.stride
+        if side > 1:
+            padding = ((0, 0), (side // 2, side // 2), (side // 2, side // 2), (0, 0))
+            padded = jnp.pad(x, padding)
+            views = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(side) for j in range(side)]
+            x = jnp.concatenate(views, axis=-1)
+        flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+        return flat.reshape(*x.shape[:-1], -1)
+
+
+class AttentionPool(nnx.Module):
+    """One multi-head attention over the feature map, with its mean as the only query that is read."""
+
+    def __init__(self, positions: int, width: int, heads: int, embedding: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        self.heads = heads
+        normal = nnx.initializers.normal(width**-0.5)
+        self.position_embedding = nnx.Param(normal(rngs.params(), (positions + 1, width)))
+        linear = lambda features: Linear(width, features, dtype=dtype, kernel_init=normal, rngs=rngs)
+        self.query, self.key, self.value, self.out = linear(width), linear(width), linear(width), linear(embedding)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
+        x = x.reshape(len(x), -1, x.shape[-1])
+        x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
+        x = x + self.position_embedding[...].astype(x.dtype)
+        heads = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
+        y = jax.nn.dot_product_attention(heads(self.query(x[:, :1])), heads(self.key(x)), heads(self.value(x)))
+        return self.out(y.reshape(len(x), -1))
+
+
+def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Means of 2x2 squares."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))

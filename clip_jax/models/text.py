@@ -1,0 +1,42 @@
+"""The text tower: a causal transformer, read at the end-of-text token (Radford et al. 2021, 2.4)."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from clip_jax.models.architectures import TextConfig
+from clip_jax.models.transformer import LayerNorm, Transformer
+
+
+class TextTransformer(nnx.Module):
+    """Token ids to features of the shared space."""
+
+    def __init__(
+        self, config: TextConfig, embedding: int, activation: str, eps: float, dtype: jnp.dtype, *, rngs: nnx.Rngs
+    ):
+        width = config.width
+        normal = nnx.initializers.normal
+        self.token_embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocabulary_size, width)))
+        self.position_embedding = nnx.Param(normal(0.01)(rngs.params(), (config.context_length, width)))
+        self.transformer = Transformer(
+            width,
+            config.layers,
+            config.heads,
+            config.mlp_ratio,
+            activation,
+            eps,
+            causal=True,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.ln_final = LayerNorm(width, eps, rngs=rngs)
+        self.projection = nnx.Param(normal(width**-0.5)(rngs.params(), (width, embedding)))
+        self.dtype = dtype
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B E"]:
+        """Features, not normalised, in float32.  T is at most the context length."""
+        x = (self.token_embedding[tokens] + self.position_embedding[: tokens.shape[1]]).astype(self.dtype)
+        # EOT has the largest id, and argmax finds the first: right for any padding below it.
+        x = self.transformer(x, jnp.argmax(tokens, axis=1))
+        x = self.ln_final(x) @ self.projection[...].astype(x.dtype)
+        return x.astype(jnp.float32)

@@ -1,0 +1,154 @@
+"""The pre-LayerNorm transformer that both towers share.
+
+Shapes: B batch, N tokens of either tower, D width, H heads.
+Source: Radford et al. 2021, section 2.4; openai/CLIP `clip/model.py:ResidualAttentionBlock`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` over flattened leading axes.
+
+    The gradient of the weights then contracts one axis instead of two, which XLA's CPU compiler turns
+    into a single matrix product: 1.4 times faster for an MLP of width 192; elsewhere it changes nothing.
+    """
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm in float32 whatever comes in, returned in the type that came in."""
+
+    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
+        # The fast variance, E[x^2] - E[x]^2, loses the digits that parity with PyTorch needs.
+        super().__init__(width, epsilon=eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return super().__call__(x).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; query, key and value come from one matrix product."""
+
+    def __init__(self, width: int, heads: int, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        self.heads = heads
+        std = width**-0.5
+        self.qkv = Linear(width, 3 * width, dtype=dtype, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+        init = nnx.initializers.normal(std * (2 * layers) ** -0.5)
+        self.out = Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B N D"], causal: bool) -> Float[Array, "B N D"]:
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        y = jax.nn.dot_product_attention(*map(self._split_heads, (q, k, v)), is_causal=causal)
+        return self.out(y.reshape(x.shape))
+
+    def at(self, x: Float[Array, "B N D"], position: Int[Array, "B"], causal: bool) -> Float[Array, "B D"]:
+        """`self(x, causal)` at one position a row: all keys, but one query."""
+        width = x.shape[-1]
+        kernel, bias = self.qkv.kernel[...].astype(x.dtype), self.qkv.bias[...].astype(x.dtype)
+        flat = x.reshape(-1, width)
+        k, v = jnp.split((flat @ kernel[:, width:] + bias[width:]).reshape(*x.shape[:2], -1), 2, axis=-1)
+        q = take(x, position) @ kernel[:, :width] + bias[:width]
+        y = jax.nn.dot_product_attention(
+            *map(self._split_heads, (q[:, None], k, v)),
+            key_value_seq_lengths=position.astype(jnp.int32) + 1 if causal else None,
+        )
+        return self.out(y.reshape(q.shape))
+
+    def _split_heads(self, x: Float[Array, "B N D"]) -> Float[Array, "B N H d"]:
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+
+class MLP(nnx.Module):
+    """Two linear layers with the activation between them."""
+
+    def __init__(
+        self, width: int, ratio: float, activation: str, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+    ):
+        hidden = int(width * ratio)
+        self.activation = activation
+        init = nnx.initializers.normal((2 * width) ** -0.5)
+        self.up = Linear(width, hidden, dtype=dtype, kernel_init=init, rngs=rngs)
+        init = nnx.initializers.normal((width * 2 * layers) ** -0.5)
+        self.down = Linear(hidden, width, dtype=dtype, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        activation: str,
+        eps: float,
+        layers: int,
+        dtype: jnp.dtype,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.ln_1 = LayerNorm(width, eps, rngs=rngs)
+        self.attention = Attention(width, heads, layers, dtype, rngs=rngs)
+        self.ln_2 = LayerNorm(width, eps, rngs=rngs)
+        self.mlp = MLP(width, mlp_ratio, activation, layers, dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B N D"], causal: bool) -> Float[Array, "B N D"]:
+        x = x + self.attention(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+    def at(self, x: Float[Array, "B N D"], position: Int[Array, "B"], causal: bool) -> Float[Array, "B D"]:
+        """`self(x, causal)` at one position a row."""
+        x, attended = take(x, position), self.attention.at(self.ln_1(x), position, causal)
+        x = x + attended
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nnx.Module):
+    """A stack of blocks, read at one position a row.
+
+    Only that position leaves the tower, so the last block computes no other: the same numbers for 7 %
+    less of a 12-layer tower, and for 40 % less of a 2-layer one.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float,
+        activation: str,
+        eps: float,
+        causal: bool,
+        dtype: jnp.dtype,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.causal = causal
+        self.blocks = nnx.List(
+            [Block(width, heads, mlp_ratio, activation, eps, layers, dtype, rngs=rngs) for _ in range(layers)]
+        )
+
+    def __call__(self, x: Float[Array, "B N D"], position: Int[Array, "B"]) -> Float[Array, "B D"]:
+        for block in self.blocks[:-1]:
+            x = block(x, self.causal)
+        return self.blocks[-1].at(x, position, self.causal)
+
+
+def take(x: Float[Array, "B N D"], position: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """x[b, position[b]] for every b."""
+    return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]

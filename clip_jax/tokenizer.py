@@ -1,0 +1,138 @@
+"""Text to token ids: OpenAI's byte-level BPE, id for id.
+
+The order of operations is OpenAI's (openai/CLIP `clip/simple_tokenizer.py`): mend the encoding,
+undo HTML escapes, collapse white space, lower-case, split with a regular expression, and merge byte
+pairs within each piece.  It is plain Python with a cache of pieces: the Rust `tokenizers` library
+brings its own regular expressions and Unicode tables, and cannot be made to split every string as
+the `regex` package does (docs/tokenizer.md has the counts).
+"""
+
+import functools
+import gzip
+import html
+import importlib.resources
+
+import ftfy
+import numpy as np
+import regex
+from jaxtyping import Int32
+
+from clip_jax.errors import UserError
+
+CONTEXT_LENGTH = 77
+VOCABULARY_SIZE = 49408
+START_OF_TEXT = 49406
+END_OF_TEXT = 49407
+
+# The vocabulary file holds more merges than CLIP uses: 256 bytes, each also as the end of a word,
+# and two special tokens leave room for 48,894 of them.
+_MERGES = slice(1, VOCABULARY_SIZE - 256 - 256 - 2 + 1)
+
+_SPECIAL = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
+
+# IGNORECASE matters although the text is lower case: it lets the long s (U+017F) match `'s`.
+_PIECES = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+_SPACES = regex.compile(r"\s+")
+
+
+def tokenize(
+    texts: str | list[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False
+) -> Int32[np.ndarray, "B T"]:
+    """Token ids of each text, as the text tower takes them: SOT, the text, EOT, then zeros.
+
+    Args:
+      texts: one text, or several.
+      context_length: T, the length of every row.
+      truncate: cut a text that is too long; its last id is then EOT.
+
+    Raises:
+      UserError: a text is too long and `truncate` is false.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    tokens = np.zeros((len(texts), context_length), np.int32)
+    for row, text in zip(tokens, texts):
+        ids = [START_OF_TEXT, *encode(text), END_OF_TEXT]
+        if len(ids) > context_length:
+            if not truncate:
+                raise UserError(
+                    f"text of {len(ids)} tokens, expected at most {context_length} with both ends: "
+                    f"{text[:60]!r}; shorten it, or pass truncate=True"
+                )
+            ids = [*ids[: context_length - 1], END_OF_TEXT]
+        row[: len(ids)] = ids
+    return tokens
+
+
+def encode(text: str) -> list[int]:
+    """The ids of a text of any length, without SOT and EOT."""
+    return [i for piece in _PIECES.findall(clean(text)) for i in _piece_ids(piece)]
+
+
+def decode(ids: list[int]) -> str:
+    """The cleaned text of these ids; bytes that are not UTF-8 become U+FFFD."""
+    characters = "".join(_vocabulary()[1][i] for i in ids)
+    to_byte = {c: b for b, c in _byte_characters().items()}
+    text = bytearray(to_byte[c] for c in characters).decode("utf-8", errors="replace")
+    return text.replace("</w>", " ")
+
+
+def clean(text: str) -> str:
+    """Mended, unescaped, with single spaces, in lower case."""
+    # ASCII without these characters has nothing to mend or unescape, and mending is most of the cost.
+    if not text.isascii() or "&" in text or not text.isprintable():
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return _SPACES.sub(" ", text.strip()).strip().lower()
+
+
+@functools.lru_cache(maxsize=2**16)
+def _piece_ids(piece: str) -> tuple[int, ...]:
+    """Merges the byte pairs of one piece, lowest rank first."""
+    if piece in _SPECIAL:
+        return (_SPECIAL[piece],)
+    ids, _ = _vocabulary()
+    ranks = _merge_ranks()
+    characters = _byte_characters()
+    word = [characters[b] for b in piece.encode("utf-8")]
+    word[-1] += "</w>"
+    while len(word) > 1:
+        pairs = list(zip(word, word[1:]))
+        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+        if best not in ranks:
+            break
+        merged, i = [], 0
+        while i < len(word):
+            if i + 1 < len(word) and (word[i], word[i + 1]) == best:
+                merged.append(word[i] + word[i + 1])
+                i += 2
+            else:
+                merged.append(word[i])
+                i += 1
+        word = merged
+    return tuple(ids[part] for part in word)
+
+
+@functools.cache
+def _byte_characters() -> dict[int, str]:
+    """Each byte as a printable character; those that are not printable move to 256 and up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(moved)}
+
+
+@functools.cache
+def _merge_ranks() -> dict[tuple[str, str], int]:
+    file = importlib.resources.files("clip_jax") / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[_MERGES]
+    return {tuple(line.split()): rank for rank, line in enumerate(lines)}
+
+
+@functools.cache
+def _vocabulary() -> tuple[dict[str, int], list[str]]:
+    """Ids by token, and tokens by id: bytes, bytes that end a word, merges, special tokens."""
+    characters = list(_byte_characters().values())
+    tokens = [*characters, *(c + "</w>" for c in characters)]
+    tokens += ["".join(pair) for pair in _merge_ranks()] + list(_SPECIAL)
+    return {token: i for i, token in enumerate(tokens)}, tokens

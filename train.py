@@ -1,0 +1,71 @@
+"""Trains a CLIP, then measures it zero-shot.
+
+    python train.py                                          # the embedded emoji set, on any machine
+    python train.py --config=configs/X.py --workdir=DIR --config.field=value
+
+The same command again goes on where the last one stopped.
+"""
+
+import pathlib
+import sys
+
+from clip_jax.checkpoint import Checkpoints, load_model
+from clip_jax.config import parse_command_line, validate
+from clip_jax.data import training_batches
+from clip_jax.errors import run_program
+from clip_jax.evaluate import evaluate_emoji, format_table, write_results
+from clip_jax.figures import draw_figures
+from clip_jax.metrics import MetricsLog
+from clip_jax.optimizer import make_schedule
+from clip_jax.sharding import make_mesh, put_batch
+from clip_jax.step import make_train_step
+
+DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "emoji.py"
+
+
+def main(arguments: list[str]) -> None:
+    # Configuration
+    options, config = parse_command_line(arguments, {"config": str(DEFAULT_CONFIG), "workdir": ""})
+    workdir = pathlib.Path(options["workdir"] or f"runs/{pathlib.Path(options['config']).stem}").expanduser()
+    validate(config)
+    mesh = make_mesh(config)
+
+    # Data
+    batches = training_batches(config)
+
+    # Model, loss and step
+    init, step, abstract_state = make_train_step(config, mesh)
+    schedule = make_schedule(config)
+
+    # Checkpoint: start, or go on
+    checkpoints = Checkpoints(workdir, config.checkpoints_kept)
+    if checkpoints.latest_step() is None:
+        state = init()
+    else:
+        state, data_position = checkpoints.restore(abstract_state, config)
+        batches.set_state(data_position)
+        print(f"{workdir}: going on after step {int(state.step)}")
+
+    # Train
+    start, total = int(state.step), config.total_steps
+    with MetricsLog(workdir, start, total, config.batch_size, config.log_every) as log:
+        for number in range(start + 1, total + 1):
+            with log.waiting_for_data():
+                batch = next(batches)
+            state, metrics = step(state, put_batch(batch, mesh))
+            log.record(number, metrics, float(schedule(number - 1)))
+            if number % config.checkpoint_every == 0 or number == total:
+                checkpoints.save(state, batches.get_state(), config)
+    checkpoints.close()
+
+    # Evaluate
+    model, _ = load_model(workdir)
+    results = evaluate_emoji(model, pretrained=str(workdir))
+    write_results(workdir / "results.json", results)
+    draw_figures(model, workdir)
+    print(format_table(results))
+    print(f"In {workdir}: results.json, metrics.jsonl, loss.png, similarity.png, retrieval.png")
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv[1:])
