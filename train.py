@@ -9,14 +9,16 @@ The same command again goes on where the last one stopped.
 import pathlib
 import sys
 
+import jax
+
 from clip_jax.checkpoint import Checkpoints, load_model
 from clip_jax.config import parse_command_line, validate
 from clip_jax.data import training_batches
 from clip_jax.errors import run_program
 from clip_jax.evaluate import evaluate_emoji, format_table, write_results
 from clip_jax.figures import draw_figures
+from clip_jax.memory import keep_freed_memory
 from clip_jax.metrics import MetricsLog
-from clip_jax.optimizer import make_schedule
 from clip_jax.sharding import make_mesh, put_batch
 from clip_jax.step import make_train_step
 
@@ -24,18 +26,19 @@ DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "emoji.py"
 
 
 def main(arguments: list[str]) -> None:
+    keep_freed_memory()
+
     # Configuration
     options, config = parse_command_line(arguments, {"config": str(DEFAULT_CONFIG), "workdir": ""})
     workdir = pathlib.Path(options["workdir"] or f"runs/{pathlib.Path(options['config']).stem}").expanduser()
     validate(config)
-    mesh = make_mesh(config)
+    mesh = make_mesh(config, jax.devices())
 
     # Data
     batches = training_batches(config)
 
     # Model, loss and step
     init, step, abstract_state = make_train_step(config, mesh)
-    schedule = make_schedule(config)
 
     # Checkpoint: start, or go on
     checkpoints = Checkpoints(workdir, config.checkpoints_kept)
@@ -53,7 +56,7 @@ def main(arguments: list[str]) -> None:
             with log.waiting_for_data():
                 batch = next(batches)
             state, metrics = step(state, put_batch(batch, mesh))
-            log.record(number, metrics, float(schedule(number - 1)))
+            log.record(number, metrics)
             if number % config.checkpoint_every == 0 or number == total:
                 checkpoints.save(state, batches.get_state(), config)
     checkpoints.close()

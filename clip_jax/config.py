@@ -5,6 +5,7 @@ last word: `--config=configs/X.py --workdir=DIR --config.field=value`.
 """
 
 import ast
+import dataclasses
 import difflib
 import pathlib
 import runpy
@@ -12,6 +13,7 @@ import runpy
 from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
+from clip_jax.images import Augmentation
 from clip_jax.models import ARCHITECTURES, CLIPConfig
 
 
@@ -51,15 +53,7 @@ def default_config() -> ConfigDict:
                 "keyword_rate": 0.0,
                 "templates": ("{}",),  # a caption is put into one of these ...
                 "template_rate": 0.0,  # ... with this probability
-                "augment": {
-                    "crop_scale": (0.9, 1.0),  # share of the picture's area: RandomResizedCrop, as open_clip's
-                    "rotate": 0.0,  # degrees, either way
-                    "zoom": (1.0, 1.0),
-                    "shift": 0.0,  # share of the side, either way
-                    "stretch": 0.0,  # logarithm of the change of the aspect ratio, either way
-                    "color_rate": 0.0,  # probability of mild changes of brightness and contrast of each channel
-                    "background_rate": 0.0,  # probability that transparency shows a random colour, not white
-                },
+                "augment": dataclasses.asdict(Augmentation()),  # documented there
                 "cache": False,  # keep all decoded pictures in memory
                 "threads": 16,
                 "prefetch": 8,  # batches
@@ -84,7 +78,7 @@ def load_config(path: str) -> ConfigDict:
     """Runs `get_config()` of a Python file."""
     file = pathlib.Path(path)
     if not file.is_file():
-        near = did_you_mean(file.name, [f.name for f in file.parent.glob("*.py")])
+        near = did_you_mean(file.stem, [f.stem for f in file.parent.glob("*.py")])
         raise UserError(f"--config={path}: no such file{near}")
     definitions = runpy.run_path(str(file))
     if "get_config" not in definitions:

@@ -1,8 +1,8 @@
 """From prepared TFDS sets to batches: which pair comes when, and what is drawn for it.
 
-The order is a pure function of (seed, step).  One pass draws every example once, in a new order each
+A batch is a pure function of (seed, step).  One pass draws every example once, in a new order each
 time; what is left over at the end of a pass, less than a batch, is dropped, so that a batch never
-holds an example twice.
+holds an example twice.  Grain makes the batches ahead of time, in threads, and keeps the position.
 """
 
 import functools
@@ -68,20 +68,22 @@ def _open_set(folder: str, split: str):
             f"data set {folder}: expected ArrayRecord files, found {builder.info.file_format.value}; "
             "prepare it again with file_format='array_record'"
         )
-    pictures = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
-    source = builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in pictures})
-    if not len(source):
+    if not builder.info.splits[split].num_examples:
         raise UserError(f"data set {folder}: split {split!r} is empty, expected at least one record")
-    return source
+    pictures = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+    return builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in pictures})
 
 
-class TrainingExamples:
-    """What a step can draw from: records, or groups of records that show the same thing."""
+class TrainingBatches:
+    """Random access to the endless batches of a run, by step."""
 
     def __init__(self, config: ConfigDict):
         data = config.data
         self.records = Records(data.sets, data.split)
         self.data = data
+        self.seed = config.seed
+        self.batch_size = config.batch_size
+        self.augmentation = images.Augmentation(**data.augment)
         self.image_size = config.model.vision.image_size
         self.context_length = config.model.text.context_length
         for field in filter(None, (data.image, data.caption, data.group, data.keywords)):
@@ -90,27 +92,43 @@ class TrainingExamples:
                     f"{self.records.where(0)}: no field {field!r}; the fields are {', '.join(self.records[0])}; "
                     "see config.data.image, caption, group and keywords"
                 )
+        # An example is a record, or a group of records that show the same thing.
         groups = {}
         for index in range(len(self.records)):
             key = texts(self.records[index][data.group])[0] if data.group else index
             groups.setdefault(key, []).append(index)
-        self.groups = list(groups.values())
+        self.examples = list(groups.values())
+        if len(self.examples) < self.batch_size:
+            raise UserError(
+                f"config.batch_size is {self.batch_size}, but {', '.join(data.sets)} split {data.split} has "
+                f"{len(self.examples)} examples, expected at least one batch; lower config.batch_size"
+            )
+        self._order = functools.lru_cache(maxsize=2)(self._order)
         if data.cache:
             self._read = functools.cache(self._read)
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return 2**62  # Grain wants to know; a run ends by its number of steps.
 
-    def __getitem__(self, index: int) -> list[int]:
-        return self.groups[index]
-
-    def draw(self, group: list[int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One pair: an augmented picture, uint8 [S, S, 3], and the tokens of a caption, int32 [T]."""
-        image, captions, keywords = self._read(group[int(rng.integers(len(group)))])
-        image = images.augment(image, self.image_size, self.data.augment, rng)
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step, from 0: `image` uint8 [B, S, S, 3] and `tokens` int32 [B, T]."""
+        batches_a_pass = len(self.examples) // self.batch_size
+        past, place = divmod(int(step), batches_a_pass)
+        drawn = self._order(past)[place * self.batch_size : (place + 1) * self.batch_size]
+        rng = np.random.default_rng((self.seed, 1, step))
+        pixels = np.empty((self.batch_size, self.image_size, self.image_size, 3), np.uint8)
+        captions = []
+        for row, example in enumerate(drawn):
+            group = self.examples[example]
+            image, texts, keywords = self._read(group[int(rng.integers(len(group)))])
+            pixels[row] = images.augment(image, self.image_size, self.augmentation, rng)
+            captions.append(self._caption(texts, keywords, rng))
         # As OpenAI trained: a caption that is too long loses its end, and keeps its EOT.
-        tokens = tokenize(self._caption(captions, keywords, rng), self.context_length, truncate=True)[0]
-        return {"image": image, "tokens": tokens}
+        return {"image": pixels, "tokens": tokenize(captions, self.context_length, truncate=True)}
+
+    def _order(self, past: int) -> np.ndarray:
+        """The order of the examples in the pass after `past` others."""
+        return np.random.default_rng((self.seed, 0, past)).permutation(len(self.examples))
 
     def _read(self, index: int) -> tuple[PIL.Image.Image, list[str], list[str]]:
         """The picture, the captions and the keywords of a record."""
@@ -122,7 +140,7 @@ class TrainingExamples:
             )
         image = images.decode(record[self.data.image], f"{where} field {self.data.image!r}")
         if self.data.cache:  # In memory no pixel is kept that training would not see.
-            image = image.resize((self.image_size, self.image_size), PIL.Image.BICUBIC)
+            image = images.premultiplied(image).resize((self.image_size, self.image_size), PIL.Image.BICUBIC)
         return image, captions, texts(record[self.data.keywords]) if self.data.keywords else []
 
     def _caption(self, captions: list[str], keywords: list[str], rng: np.random.Generator) -> str:
@@ -141,19 +159,5 @@ def training_batches(config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
     The iterator has `get_state()` and `set_state()`: the position, a small dictionary, whose
     restoring costs the same at any step.
     """
-    examples = TrainingExamples(config)
-    if len(examples) < config.batch_size:
-        raise UserError(
-            f"config.batch_size is {config.batch_size}, but {', '.join(config.data.sets)} split {config.data.split} "
-            f"has {len(examples)} examples, expected at least one batch; lower config.batch_size"
-        )
-    dataset = (
-        grain.MapDataset.source(examples)
-        .seed(config.seed)
-        .shuffle()
-        .random_map(examples.draw)
-        .batch(config.batch_size, drop_remainder=True)
-        .repeat()
-    )
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.prefetch)
-    return iter(dataset.to_iter_dataset(options))
+    return iter(grain.MapDataset.source(TrainingBatches(config)).to_iter_dataset(options))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 
@@ -28,7 +29,9 @@ class MetricsLog:
         kept = [record for record in read_metrics(self.file) if record["step"] <= start]
         self.file.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self.events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        self.bar = tqdm.tqdm(initial=start, total=total, unit="step", dynamic_ncols=True)
+        # In a file, where lines cannot be drawn over, a line a minute is enough.
+        interval = 0.2 if sys.stderr.isatty() else 60
+        self.bar = tqdm.tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, mininterval=interval)
         self.in_flight = None
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), start
 
@@ -46,7 +49,7 @@ class MetricsLog:
         yield
         self.waited += time.perf_counter() - start
 
-    def record(self, step: int, metrics: dict[str, jax.Array], learning_rate: float) -> None:
+    def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the step just started; writes them down if it is one to log."""
         # One step may be under way while the next batch is made; further ahead the times would lie.
         jax.block_until_ready(self.in_flight)
@@ -60,7 +63,7 @@ class MetricsLog:
             "step": step,
             "samples_seen": step * self.batch_size,
             "loss": values.pop("loss"),
-            "lr": learning_rate,
+            "lr": values.pop("lr"),
             "samples_per_second": (step - self.since_step) * self.batch_size / elapsed,
             "data_wait": self.waited / elapsed,
             **values,
@@ -73,7 +76,8 @@ class MetricsLog:
                 self.events.add_scalar(name, value, step)
         self.bar.set_postfix_str(
             f"loss {record['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
-            f"{record['samples_per_second']:.0f} samples/s, data wait {record['data_wait']:.0%}"
+            f"{record['samples_per_second']:.0f} samples/s, data wait {record['data_wait']:.0%}",
+            refresh=False,
         )
 
 

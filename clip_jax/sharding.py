@@ -1,6 +1,7 @@
 """Which device holds what: the mesh, and the rules by which arrays are laid out on it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,9 +15,8 @@ from clip_jax.errors import UserError
 SHARD_FROM = 2**12  # elements
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """All devices in a mesh with axes `data` and `fsdp`, checked against the batch size."""
-    devices = jax.devices()
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
+    """The devices in a mesh with axes `data` and `fsdp`, checked against the batch size."""
     sizes = {axis: config.mesh[axis] for axis in ("data", "fsdp")}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -36,7 +36,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
             f"the nearest are {lower} and {lower + len(devices)}"
         )
     # Auto axes: XLA's partitioner places the collectives; explicit ones refuse `images @ texts.T`.
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

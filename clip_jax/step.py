@@ -3,6 +3,7 @@
 It reads from here to `losses.py` and `models/clip.py`; nothing else happens in it.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from clip_jax.images import normalize
 from clip_jax.losses import clip_loss
 from clip_jax.models import CLIP, CLIPConfig
 from clip_jax.models.clip import MAX_LOGIT_SCALE
-from clip_jax.optimizer import make_optimizer
+from clip_jax.optimizer import make_optimizer, make_schedule
 from clip_jax.sharding import batch_sharding, state_shardings
 
 Batch = dict[str, UInt8[Array, "B H W 3"] | Int[Array, "B T"]]
@@ -36,7 +37,11 @@ class TrainState(NamedTuple):
 
 
 def train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """Forward, loss over the similarity matrix of all devices, backward, update, clamp."""
 
@@ -56,6 +61,7 @@ def train_step(
     params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
     metrics = {
         "loss": loss,
+        "lr": schedule(state.step),
         "gradient_norm": optax.global_norm(gradients),
         "logit_scale": jnp.exp(params["logit_scale"]),
     }
@@ -88,7 +94,6 @@ def make_train_step(config: ConfigDict, mesh: Mesh):
       abstract_state: the shapes, types and shardings of a state, for restoring into.
     """
     graphdef = nnx.graphdef(abstract_model(model_config(config)))
-    optimizer = make_optimizer(config)
     shapes = jax.eval_shape(lambda: init_state(config))
     shardings = state_shardings(shapes, mesh)
     abstract_state = jax.tree.map(
@@ -96,7 +101,7 @@ def make_train_step(config: ConfigDict, mesh: Mesh):
     )
     init = jax.jit(lambda: init_state(config), out_shardings=shardings)
     step = jax.jit(
-        lambda state, batch: train_step(graphdef, optimizer, state, batch),
+        functools.partial(train_step, graphdef, make_optimizer(config), make_schedule(config)),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,

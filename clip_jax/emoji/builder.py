@@ -57,7 +57,6 @@ VENDORS = {
         "Twemoji, Twitter and contributors, CC-BY-4.0",
     ),
     "openmoji": ("openmoji@17.0.0", "train", "OpenMoji, HfG Schwaebisch Gmuend, CC-BY-SA-4.0"),
-    "emojitwo": ("@iconify-json/emojione@1.2.3", "train", "EmojiOne 2 / EmojiTwo, CC-BY-4.0"),
     "noto_v1": ("@iconify-json/noto-v1@1.2.5", "dev", "Noto Emoji (first design), Apache-2.0"),
     "fluent": (
         "@iconify-json/fluent-emoji-flat@1.2.6",
@@ -110,7 +109,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
             if emoji["held_out"] != held_out or (pixels := picture(emoji)) is None:
                 continue
             file = io.BytesIO()
-            pixels.save(file, "WEBP", quality=90, method=4)
+            pixels.save(file, "WEBP", quality=80, method=4)
             file.seek(0)
             fields = ("codepoints", "name", "keywords", "subgroup")
             yield label, {"image": file, "label": label} | {k: emoji[k] for k in fields}

@@ -7,22 +7,19 @@ Sources: openai/CLIP `clip/model.py`; Radford et al. 2021 (arXiv 2103.00020), ta
 """
 
 import dataclasses
-from typing import Literal
-
 from clip_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """A vision transformer, optionally behind a stem of convolutions."""
+    """A vision transformer."""
 
     image_size: int  # pixels a side
-    patch_size: int  # pixels a side of one token, the stem's strides included
+    patch_size: int  # pixels a side of one token
     width: int
     layers: int
     heads: int
     mlp_ratio: float = 4.0
-    stem: tuple[int, ...] = ()  # channels of its 3x3 convolutions, each with stride 2 (arXiv 2106.14881)
 
     def __post_init__(self):
         _check_heads("vision", self.width, self.heads)
@@ -30,11 +27,6 @@ class ViTConfig:
             raise UserError(
                 f"model.vision.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
                 f"the nearest is {self.image_size // self.patch_size * self.patch_size}"
-            )
-        if self.patch_size % 2 ** len(self.stem):
-            raise UserError(
-                f"model.vision.stem of {len(self.stem)} convolutions strides by {2 ** len(self.stem)} pixels, "
-                f"which must divide patch_size {self.patch_size}"
             )
 
 
@@ -62,6 +54,22 @@ class ResNetConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SmallResNetConfig:
+    """A residual network for small pictures: a convolution, then basic blocks, each with stride 2."""
+
+    image_size: int  # pixels a side
+    channels: tuple[int, ...]  # out of the convolution, and out of each block
+
+    def __post_init__(self):
+        if self.image_size % 2 ** len(self.channels):
+            stride = 2 ** len(self.channels)
+            raise UserError(
+                f"model.vision.image_size {self.image_size} is not a multiple of {stride}, the strides of "
+                f"{len(self.channels)} channels; the nearest is {self.image_size // stride * stride}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
     """The causal text transformer, pooled at the end-of-text token."""
 
@@ -82,13 +90,13 @@ class CLIPConfig:
 
     name: str
     embedding: int  # width of the shared space
-    vision: ViTConfig | ResNetConfig
+    vision: ViTConfig | ResNetConfig | SmallResNetConfig
     text: TextConfig
-    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
+    activation: str = "quick_gelu"  # or "gelu", "gelu_tanh"
     layer_norm_eps: float = 1e-5
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products; the rest is float32
+    dtype: str = "bfloat16"  # of matrix products, or "float32"; parameters, norms, softmax and loss are float32
 
     def __post_init__(self):
         for field, choices in (("activation", ("quick_gelu", "gelu", "gelu_tanh")), ("dtype", ("bfloat16", "float32"))):
@@ -104,7 +112,8 @@ class CLIPConfig:
         """The inverse of `to_dict`; lists, as JSON has them, become tuples."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         vision = {k: tuple(v) if isinstance(v, list) else v for k, v in values["vision"].items()}
-        tower = ViTConfig if "patch_size" in vision else ResNetConfig
+        towers = (ViTConfig, ResNetConfig, SmallResNetConfig)
+        (tower,) = (t for t in towers if {field.name for field in dataclasses.fields(t)} == vision.keys())
         return cls(**values | {"vision": tower(**vision), "text": TextConfig(**values["text"])})
 
 
@@ -119,7 +128,7 @@ def _openai(name: str, embedding: int, vision: ViTConfig | ResNetConfig, text_wi
 
 
 # The pictures of the embedded data set have 32 pixels a side, and its captions are short.
-_EMOJI_TEXT = TextConfig(width=128, layers=2, heads=2, context_length=16)
+_EMOJI_TEXT = TextConfig(width=128, layers=1, heads=2, context_length=16)
 
 ARCHITECTURES: dict[str, CLIPConfig] = {
     config.name: config
@@ -136,7 +145,7 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
         CLIPConfig(
             name="emoji",
             embedding=256,
-            vision=ResNetConfig(32, (1, 1, 1), width=24, heads=12),
+            vision=SmallResNetConfig(32, (32, 48, 128, 256)),
             text=_EMOJI_TEXT,
         ),
         CLIPConfig(

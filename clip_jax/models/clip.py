@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.architectures import CLIPConfig, ResNetConfig
+from clip_jax.models.architectures import CLIPConfig, ResNetConfig, SmallResNetConfig, ViTConfig
 from clip_jax.models.resnet import ModifiedResNet
+from clip_jax.models.small_resnet import SmallResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import ViT
 
@@ -22,10 +23,13 @@ class CLIP(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         transformer = (config.embedding, config.activation, config.layer_norm_eps, dtype)
-        if isinstance(config.vision, ResNetConfig):
-            self.vision = ModifiedResNet(config.vision, config.embedding, dtype, rngs=rngs)
-        else:
-            self.vision = ViT(config.vision, *transformer, rngs=rngs)
+        match config.vision:
+            case ViTConfig():
+                self.vision = ViT(config.vision, *transformer, rngs=rngs)
+            case ResNetConfig():
+                self.vision = ModifiedResNet(config.vision, config.embedding, dtype, rngs=rngs)
+            case SmallResNetConfig():
+                self.vision = SmallResNet(config.vision, config.embedding, dtype, rngs=rngs)
         self.text = TextTransformer(config.text, *transformer, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.float32(math.log(1 / INITIAL_TEMPERATURE)))
 

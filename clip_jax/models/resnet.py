@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from clip_jax.models.architectures import ResNetConfig
+from clip_jax.models.convolution import ConvolutionNorm
 from clip_jax.models.transformer import Linear
 
 EXPANSION = 4  # channels out of a bottleneck, over those of its 3x3 convolution
@@ -70,58 +71,6 @@ class Bottleneck(nnx.Module):
         return jax.nn.relu(x + y)
 
 
-class ConvolutionNorm(nnx.Module):
-    """A convolution without bias and its BatchNorm.
-
-    Under `jax.jit` the batch is the global one, so the statistics are those of all devices.
-    """
-
-    def __init__(
-        self, channels: int, features: int, size: int, stride: int, dtype: jnp.dtype, gain: float = 1.0, *, rngs: nnx.Rngs
-    ):
-        self.size, self.stride = size, stride
-        init = nnx.initializers.he_normal(in_axis=(0, 1, 2), out_axis=3)
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, channels, features)))
-        self.norm = nnx.BatchNorm(
-            features,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=jnp.float32,
-            use_fast_variance=False,
-            scale_init=nnx.initializers.constant(gain),
-            rngs=rngs,
-        )
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
-        kernel = self.kernel[...].astype(x.dtype)
-        convolve = jax.lax.platform_dependent(
-            x, kernel, cpu=self._as_matrix_product, default=self._as_convolution
-        )
-        return self.norm(convolve).astype(x.dtype)
-
-    def _as_convolution(self, x: Array, kernel: Array) -> Array:
-        padding = self.size // 2
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            ((padding, padding), (padding, padding)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-    def _as_matrix_product(self, x: Array, kernel: Array) -> Array:
-        """The same from shifted views: XLA's CPU gradients of convolutions are up to 14 times slower."""
-        _, height, width, _ = x.shape
-        side, stride = self.size, self.stride
-        if side > 1:
-            padding = ((0, 0), (side // 2, side // 2), (side // 2, side // 2), (0, 0))
-            padded = jnp.pad(x, padding)
-            views = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(side) for j in range(side)]
-            x = jnp.concatenate(views, axis=-1)
-        flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
-        return flat.reshape(*x.shape[:-1], -1)
-
-
 class AttentionPool(nnx.Module):
     """One multi-head attention over the feature map, with its mean as the only query that is read."""
 
@@ -135,7 +84,7 @@ class AttentionPool(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
         x = x.reshape(len(x), -1, x.shape[-1])
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
-        x = x + self.position_embedding[...].astype(x.dtype)
+        x = x + self.position_embedding[...][None].astype(x.dtype)
         heads = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
         y = jax.nn.dot_product_attention(heads(self.query(x[:, :1])), heads(self.key(x)), heads(self.value(x)))
         return self.out(y.reshape(len(x), -1))

@@ -35,7 +35,8 @@ class TextTransformer(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  T is at most the context length."""
-        x = (self.token_embedding[tokens] + self.position_embedding[: tokens.shape[1]]).astype(self.dtype)
+        x = self.token_embedding[tokens] + self.position_embedding[None, : tokens.shape[1]]
+        x = x.astype(self.dtype)
         # EOT has the largest id, and argmax finds the first: right for any padding below it.
         x = self.transformer(x, jnp.argmax(tokens, axis=1))
         x = self.ln_final(x) @ self.projection[...].astype(x.dtype)

@@ -57,9 +57,9 @@ class Attention(nnx.Module):
         """`self(x, causal)` at one position a row: all keys, but one query."""
         width = x.shape[-1]
         kernel, bias = self.qkv.kernel[...].astype(x.dtype), self.qkv.bias[...].astype(x.dtype)
-        flat = x.reshape(-1, width)
-        k, v = jnp.split((flat @ kernel[:, width:] + bias[width:]).reshape(*x.shape[:2], -1), 2, axis=-1)
-        q = take(x, position) @ kernel[:, :width] + bias[:width]
+        k, v = jnp.split(x.reshape(-1, width) @ kernel[:, width:] + bias[None, width:], 2, axis=-1)
+        k, v = k.reshape(x.shape), v.reshape(x.shape)
+        q = take(x, position) @ kernel[:, :width] + bias[None, :width]
         y = jax.nn.dot_product_attention(
             *map(self._split_heads, (q[:, None], k, v)),
             key_value_seq_lengths=position.astype(jnp.int32) + 1 if causal else None,

@@ -20,13 +20,9 @@ class ViT(nnx.Module):
     ):
         width, scale = config.width, config.width**-0.5
         normal = lambda *shape: scale * jax.random.normal(rngs.params(), shape)
-        channels = (3, *config.stem)
-        self.stem = nnx.List(
-            [StemConvolution(c, d, eps, dtype, rngs=rngs) for c, d in zip(channels, config.stem)]
-        )
-        self.patch_size = config.patch_size // 2 ** len(config.stem)
+        self.patch_size = config.patch_size
         tokens = (config.image_size // config.patch_size) ** 2
-        inputs = self.patch_size**2 * channels[-1]
+        inputs = config.patch_size**2 * 3
         self.patch_embedding = Linear(
             inputs,
             width,
@@ -55,34 +51,12 @@ class ViT(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  `images` are normalised by the model's mean and std."""
-        x = images.astype(self.dtype)
-        for convolution in self.stem:
-            x = convolution(x)
-        x = self.patch_embedding(patches(x, self.patch_size))
-        class_token = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
-        x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(x.dtype)
+        x = self.patch_embedding(patches(images.astype(self.dtype), self.patch_size))
+        class_token = jnp.tile(self.class_embedding[...].astype(x.dtype), (len(x), 1, 1))
+        x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...][None].astype(x.dtype)
         x = self.transformer(self.ln_pre(x), jnp.zeros(len(x), jnp.int32))
         x = self.ln_post(x) @ self.projection[...].astype(x.dtype)
         return x.astype(jnp.float32)
-
-
-class StemConvolution(nnx.Module):
-    """3x3 convolution with stride 2, LayerNorm over channels, ReLU.
-
-    The convolution is nine shifted views and one matrix product, which XLA's CPU compiler runs
-    faster, backwards above all, than a convolution (docs/performance.md).
-    """
-
-    def __init__(self, channels: int, features: int, eps: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal((2 / (9 * channels)) ** 0.5)
-        self.weights = Linear(9 * channels, features, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
-        self.norm = LayerNorm(features, eps, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
-        _, height, width, _ = x.shape
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifts = [padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
-        return jax.nn.relu(self.norm(self.weights(jnp.concatenate(shifts, axis=-1))))
 
 
 def patches(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B N P"]:

@@ -1,0 +1,18 @@
+"""ViT-B/32 on image-caption pairs of your own, with open_clip's recipe.
+
+    python train.py --config=configs/vit_b32.py --workdir=runs/mine --config.data.sets=FOLDER
+
+FOLDER is a prepared TFDS set in ArrayRecord whose records have `image` and `caption`; README.md shows
+how to make one.  The step was run on CPU devices only so far: no expected metric yet.
+"""
+
+from clip_jax.config import architecture, default_config
+
+
+def get_config():
+    config = default_config()
+    config.model = architecture("ViT-B/32")
+    config.batch_size = 1024
+    config.total_steps = 50_000
+    config.optimizer.warmup_steps = 2_000
+    return config

@@ -1,0 +1,36 @@
+"""Strict numerics on eight virtual CPU devices, with shapes checked on every public function."""
+
+import os
+
+# Before JAX starts: sharding is tested on a laptop, and no accelerator is looked for.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import pathlib
+import sys
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The annotations of shapes and types are checked at every call.
+jaxtyping.install_import_hook("clip_jax", "beartype.beartype")
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def strict_promotion():
+    """No implicit change of type.  Not for tests of the step: Optax mixes types in its bias correction."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden_towers() -> dict[str, np.ndarray]:
+    """Random weights, inputs and features of OpenAI's PyTorch model (tests/golden/make_golden.py)."""
+    return dict(np.load(ROOT / "tests" / "golden" / "towers.npz"))

@@ -1,0 +1,107 @@
+"""Makes the golden files of this folder from the PyTorch original.  Run by hand; no test runs it.
+
+    pip install torch==2.13.0 ftfy regex 'setuptools<81'
+    pip install --no-deps clip-anytorch==2.6.0 torchvision==0.28.0
+    python tests/golden/make_golden.py
+
+`clip-anytorch` packages openai/CLIP unchanged.  What is written:
+
+    tokens.jsonl   strings and OpenAI's ids for them
+    towers.npz     random weights under OpenAI's names, inputs, and the features that OpenAI's model gives
+"""
+
+import json
+import pathlib
+import random
+
+import numpy as np
+import torch
+
+# torchvision's wheel for GPUs imports on a machine without one if these operators are declared.
+operators = torch.library.Library("torchvision", "DEF")
+operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import clip.model
+from clip.simple_tokenizer import SimpleTokenizer
+
+HERE = pathlib.Path(__file__).parent
+WORDS = "a photo of the red dog café naïve ÅNGSTRÖM 東京 Москва مرحبا हिन्दी 👍🏽 👩‍👩‍👧 don't I'LL it's 3.14 1,000 #tag @me C++ ſtraſſe İstanbul ﬁne".split()
+SNIPPETS = ["&amp;", "&lt;b&gt;", "&amp;lt;", "<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "&lt;|endoftext|&gt;"]
+SNIPPETS += ["!<|endoftext|>!", "\r\n", "\t", "\u00a0", "\u200b", "\u3000", "â€™", "Ã©", "schÃ¶n", "'S", "'ſ", "ΣΑΣ", "ÀB", "...", "!!!"]
+SNIPPETS += ["\x1b[31m", "\ufeff", "\u2028", "“quoted”", "a_b", "x²", "½", "Ⅳ", "①", "e\u0301", "\u0000", "&nbsp;", "&#39;", "’s"]
+
+
+def strings() -> list[str]:
+    """Captions, words, snippets that trip tokenizers, and random characters, some 4,000 in all."""
+    rng = random.Random(0)
+    found = ["", " ", "hello world", "a diagram", *WORDS, *SNIPPETS]
+    labels = HERE.parent.parent / "clip_jax" / "emoji" / "noto" / "1.0.0" / "label.labels.txt"
+    found += labels.read_text(encoding="utf-8").splitlines()
+    ranges = [(32, 127), (0xA0, 0x250), (0x370, 0x530), (0x5D0, 0x5EB), (0x900, 0x940), (0x2000, 0x206F)]
+    ranges += [(0x3040, 0x30FF), (0x4E00, 0x4F00), (0xAC00, 0xAD00), (0xFF00, 0xFF60), (0x1F300, 0x1F600)]
+    for _ in range(1000):
+        found.append("".join(rng.choice([" ", "", ""]) + rng.choice(WORDS + SNIPPETS) for _ in range(rng.randint(1, 12))))
+        low, high = rng.choice(ranges)
+        found.append("".join(chr(rng.randrange(low, high)) for _ in range(rng.randint(1, 20))))
+    return found
+
+
+def rich(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives every weight, gain, bias and running statistic a value that shows if it is lost.
+
+    Embeddings and the stem stay small, so that a wrong epsilon of a norm shows as well.
+    """
+    rng = np.random.RandomState(0)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if not value.dtype.is_floating_point or name == "logit_scale":
+                continue
+            noise = torch.from_numpy(rng.standard_normal(value.shape).astype(np.float32))
+            if name.endswith("running_var"):
+                value.copy_(1 + 0.5 * noise.tanh())
+            elif value.ndim < 2 and name.endswith("weight"):
+                value.copy_(1 + 0.2 * noise)
+            elif "embedding" in name or name.startswith("visual.conv1"):
+                value.copy_(0.05 * noise)
+            elif value.ndim < 2:
+                value.copy_(0.2 * noise)
+            else:
+                value.copy_(noise * np.prod(value.shape[1:]) ** -0.5)
+            value.copy_(value.half())  # exact in half precision, so that the file can hold halves
+    return model.eval().float()
+
+
+def tower_features(prefix: str, model: clip.model.CLIP, size: int, vocabulary: int) -> dict[str, np.ndarray]:
+    rng = np.random.RandomState(1)
+    images = rng.standard_normal((4, size, size, 3)).astype(np.float32)
+    tokens = np.zeros((4, 16), np.int64)
+    for row, length in zip(tokens, (3, 9, 15, 16)):  # the last id is EOT, the largest; then padding
+        row[:length] = [vocabulary - 2, *rng.randint(1, vocabulary - 2, length - 2), vocabulary - 1]
+    with torch.no_grad():
+        arrays = {
+            "images": images,
+            "tokens": tokens,
+            "image_features": model.encode_image(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy(),
+            "text_features": model.encode_text(torch.from_numpy(tokens)).numpy(),
+        }
+    arrays |= {f"weights/{name}": value.half().numpy() for name, value in model.state_dict().items()}
+    return {f"{prefix}/{name}": value for name, value in arrays.items()}
+
+
+def main() -> None:
+    tokenizer = SimpleTokenizer()
+    with open(HERE / "tokens.jsonl", "w", encoding="ascii") as file:
+        for string in strings():
+            file.write(json.dumps([string, tokenizer.encode(string)]) + "\n")
+
+    text = {"context_length": 16, "vocab_size": 128, "transformer_width": 64, "transformer_heads": 2, "transformer_layers": 2}
+    vit = {"image_resolution": 32, "vision_layers": 2, "vision_width": 128, "vision_patch_size": 8}
+    resnet = {"image_resolution": 64, "vision_layers": (1, 2, 1, 1), "vision_width": 8, "vision_patch_size": None}
+    arrays = tower_features("vit", rich(clip.model.CLIP(embed_dim=32, **vit, **text)), 32, 128)
+    arrays |= tower_features("resnet", rich(clip.model.CLIP(embed_dim=32, **resnet, **text)), 64, 128)
+    np.savez_compressed(HERE / "towers.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+import pathlib
+
+import pytest
+
+from clip_jax.config import load_config, parse_command_line, set_field, validate
+from clip_jax.errors import UserError
+
+OPTIONS = {"config": "configs/emoji.py", "workdir": ""}
+
+
+def test_every_config_file_is_valid_and_has_the_common_fields():
+    files = sorted(pathlib.Path("configs").glob("*.py"))
+    assert len(files) >= 2
+    for file in files:
+        config = load_config(str(file))
+        if not config.data.sets:  # to be given on the command line
+            set_field(config, "data.sets", "somewhere")
+        validate(config)
+        assert all(name in config for name in ("seed", "batch_size", "total_steps", "log_every", "checkpoint_every"))
+
+
+def test_fields_are_set_with_their_types():
+    arguments = ["--workdir=w", "--config.seed=3", "--config.optimizer.learning_rate=1", "--config.data.cache=false"]
+    arguments += ["--config.data.sets=a/b", "--config.data.templates=('a {}', 'the {}')", "--config.data.caption=x=y"]
+    options, config = parse_command_line(arguments, OPTIONS)
+    assert options["workdir"] == "w" and config.seed == 3 and config.optimizer.learning_rate == 1.0
+    assert config.data.sets == ("a/b",) and config.data.templates == ("a {}", "the {}")
+    assert config.data.cache is False and config.data.caption == "x=y"
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.batchsize=8", "unknown field config.batchsize; did you mean batch_size"),
+        ("--config.learning_rate=8", "did you mean optimizer.learning_rate"),
+        ("--config.optimizer.learning_rat=8", "did you mean optimizer.learning_rate"),
+        ("--config.seed.x=8", "unknown field config.seed.x"),
+        ("--config.seed=1.5", "config.seed: expected int such as 0, found '1.5'"),
+        ("--config.seed=many", "config.seed: expected int"),
+        ("--config.data=8", "config.data is a group of fields"),
+        ("--config.data.cache=2", "config.data.cache: expected bool such as True, found '2'"),
+        ("--confg=x", "unknown option --confg; did you mean --config"),
+        ("--workdir", "expected --name=value"),
+        ("train", "expected --name=value"),
+        ("--config=configs/emojis.py", "no such file; did you mean emoji"),
+        ("--config=configs", "no such file"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(argument, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        parse_command_line([argument], OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("total_steps", "0", "config.total_steps is 0, expected at least 1"),
+        ("optimizer.warmup_steps", "100000", "warmup_steps 100000 does not leave any"),
+        ("data.sets", "()", "config.data.sets is empty"),
+        ("data.templates", "('a picture',)", r"templates\[0\] is 'a picture', expected one \{\}"),
+        ("model.text.heads", "3", "model.text.width 128 is not a multiple of model.text.heads 3"),
+        ("model.activation", "relu", "model.activation is 'relu', expected one of quick_gelu"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(field, value, message):
+    config = load_config("configs/emoji.py")
+    set_field(config, field, value)
+    with pytest.raises(UserError, match=message):
+        validate(config)

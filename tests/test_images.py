@@ -1,0 +1,62 @@
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+
+from clip_jax import images
+from clip_jax.errors import UserError
+
+
+def gradient(width: int, height: int) -> PIL.Image.Image:
+    y, x = np.mgrid[:height, :width]
+    return PIL.Image.fromarray(np.stack([x * 255 // width, y * 255 // height, x * 0 + 7], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("width, height", [(50, 37), (37, 50), (35, 32), (64, 64), (10, 13)])
+def test_evaluation_crops_the_centre_as_openai_does(width, height):
+    # clip.py:_transform by way of torchvision: resize the short side, then round((n - size) / 2).
+    size, image = 32, gradient(width, height)
+    short, long = sorted((width, height))
+    new_long = int(size * long / short)
+    shape = (size, new_long) if width <= height else (new_long, size)
+    offset = round((new_long - size) / 2)
+    box = (0, offset, size, offset + size) if width <= height else (offset, 0, offset + size, size)
+    expected = np.asarray(image.resize(shape, PIL.Image.BICUBIC).crop(box))
+    assert (images.preprocess(image, size) == expected).all()
+
+
+def test_without_strength_a_training_picture_is_the_picture():
+    still = images.Augmentation(crop_scale=(1.0, 1.0))
+    image = gradient(32, 32)
+    found = images.augment(image, 32, still, np.random.default_rng(0))
+    assert (found == np.asarray(image)).all()
+
+
+def test_transparency_shows_white_or_a_drawn_colour():
+    clear = PIL.Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    still = images.Augmentation(crop_scale=(1.0, 1.0))
+    assert (images.augment(clear, 16, still, np.random.default_rng(0)) == 255).all()
+    colored = images.augment(clear, 16, images.Augmentation((1.0, 1.0), background_rate=1.0), np.random.default_rng(0))
+    assert len(np.unique(colored.reshape(-1, 3), axis=0)) == 1 and not (colored == 255).all()
+
+
+def test_augmentation_is_a_function_of_its_generator():
+    strong = images.Augmentation((0.5, 1.0), 15.0, (0.8, 1.3), 0.1, 0.2, 1.0, 0.5)
+    image = gradient(40, 30)
+    once, again, other = (images.augment(image, 32, strong, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert once.shape == (32, 32, 3) and (once == again).all() and (once != other).any()
+
+
+def test_normalize_is_openais():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    expected = (pixels / 255 - np.array(mean)) / np.array(std)
+    found = np.asarray(images.normalize(jnp.asarray(pixels), mean, std))
+    np.testing.assert_allclose(found, expected, atol=6e-7)  # measured 2e-7 of values up to 2.2
+
+
+def test_what_is_no_picture_is_named():
+    with pytest.raises(UserError, match="here: expected a picture .* found 5 bytes starting with b'hello'"):
+        images.decode(b"hello", "here")
+    with pytest.raises(UserError, match="here: .* found an empty file"):
+        images.decode(b"", "here")
