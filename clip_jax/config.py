@@ -55,7 +55,7 @@ def default_config() -> ConfigDict:
                 "template_rate": 0.0,  # ... with this probability
                 "augment": dataclasses.asdict(Augmentation()),  # documented there
                 "cache": False,  # keep all decoded pictures in memory
-                "threads": 16,
+                "threads": 16,  # that make batches ahead of time; 0: each when it is needed
                 "prefetch": 8,  # batches
             },
         }

@@ -62,7 +62,7 @@ def train_step(
     metrics = {
         "loss": loss,
         "lr": schedule(state.step),
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": optax.tree.norm(gradients),
         "logit_scale": jnp.exp(params["logit_scale"]),
     }
     return TrainState(state.step + 1, params, batch_stats, optimizer_state), metrics

@@ -94,7 +94,8 @@ def test_logits_are_scaled_cosines_and_symmetric(golden_towers):
     tokens = jnp.asarray(golden_towers["vit/tokens"], jnp.int32)
     per_image, per_text = jax.jit(lambda i, t: model(i, t))(images, tokens)
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
-    expected = unit(golden_towers["vit/image_features"]) @ unit(golden_towers["vit/text_features"]).T / 0.07
+    expected = unit(golden_towers["vit/image_features"]) @ unit(golden_towers["vit/text_features"]).T
+    expected *= np.exp(np.float32(golden_towers["vit/weights/logit_scale"]))
     assert relative_error(per_image, expected) < 1e-5
     assert (per_text == per_image.T).all()
 

@@ -57,7 +57,8 @@ def test_a_run_reports_what_other_tools_rely_on(finished):
         for name in (n for n in record["metrics"] if not n.endswith("_chance")):
             assert f"{name:<28}{record['metrics'][name]:>9.2%}" in result.stdout
     for name in ("loss.png", "similarity.png", "retrieval.png"):
-        assert min(PIL.Image.open(workdir / name).size) > 300
+        with PIL.Image.open(workdir / name) as figure:
+            assert min(figure.size) > 300
 
 
 def test_the_step_is_compiled_once(finished):

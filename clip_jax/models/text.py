@@ -16,7 +16,9 @@ class TextTransformer(nnx.Module):
     ):
         width = config.width
         normal = nnx.initializers.normal
-        self.token_embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocabulary_size, width)))
+        self.token_embedding = nnx.Param(
+            normal(config.token_embedding_std)(rngs.params(), (config.vocabulary_size, width))
+        )
         self.position_embedding = nnx.Param(normal(0.01)(rngs.params(), (config.context_length, width)))
         self.transformer = Transformer(
             width,

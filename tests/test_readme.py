@@ -1,0 +1,51 @@
+"""What the README shows is what it does."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+
+from clip_jax.data import Records
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(program: str, folder: pathlib.Path) -> str:
+    result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_the_example_prints_its_output():
+    (output,) = [text for text in blocks("text") if text.startswith("[")]
+    assert run(blocks("python")[0], ROOT) == output
+
+
+def test_the_builder_makes_a_set_that_training_reads(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        PIL.Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "pairs.csv").write_text("".join(f'{i}.jpg,"a picture, number {i}"\n' for i in range(3)))
+    run(blocks("python")[1], tmp_path)
+    made = Records((str(tmp_path / "my_pairs" / "1.0.0"),), "train")
+    assert sorted(made[i]["caption"] for i in range(len(made))) == [f"a picture, number {i}".encode() for i in range(3)]
+
+
+def test_every_file_of_the_tree_is_there():
+    (tree,) = [text for text in blocks("text") if text.startswith("train.py")]
+    names = [line.split()[0] for line in tree.splitlines()]
+    assert len(names) > 15 and all((ROOT / name).exists() for name in names)
+
+
+def test_commands_are_each_one_line_that_starts_from_nothing():
+    commands = [line for block in blocks("bash") for line in block.splitlines() if "venv " in line]
+    assert len(commands) == 2 and all(line.startswith("python3 -m venv .venv && ") for line in commands)
+    assert commands[0].endswith("python train.py") and commands[1].endswith("python -m pytest")
