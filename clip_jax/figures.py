@@ -16,7 +16,7 @@ from clip_jax.models import CLIP
 # Emoji for the heat map, as different as the photographs of the paper's demo.
 PAIRS = ("dog face", "red apple", "guitar", "rocket", "cactus", "umbrella", "octopus", "bicycle")
 
-QUERIES = ("a smiling face", "an animal", "something to drink", "music", "bad weather", "a red heart")
+QUERIES = ("smiling face", "fruit", "fish", "flower", "clock", "red heart")
 FOUND = 5
 
 
@@ -73,7 +73,7 @@ def draw_retrieval(encoder: Encoder, emoji: Emoji, file: pathlib.Path) -> None:
     for query, row, axes in zip(QUERIES, similarity, grid):
         for place, i in zip(axes, np.argsort(-row)[:FOUND]):
             place.imshow(np.asarray(emoji.pictures[i]))
-            place.set_xlabel(f"{emoji.names[i][:22]} {row[i]:.2f}", size=6.5)
+            place.set_xlabel(f"{emoji.names[i][:18]} {row[i]:.2f}", size=6.5)
             place.set(xticks=[], yticks=[])
             place.spines[:].set_visible(False)
         axes[0].set_ylabel(query, rotation=0, ha="right", va="center", size=10)

@@ -2,9 +2,12 @@
 
 The order of operations is OpenAI's (openai/CLIP `clip/simple_tokenizer.py`): mend the encoding,
 undo HTML escapes, collapse white space, lower-case, split with a regular expression, and merge byte
-pairs within each piece.  It is plain Python with a cache of pieces: the Rust `tokenizers` library
-brings its own regular expressions and Unicode tables, and cannot be made to split every string as
-the `regex` package does (docs/tokenizer.md has the counts).
+pairs within each piece.
+
+It is plain Python with a cache of pieces.  The Rust `tokenizers` library, given the same cleaned text,
+pattern and merges, took twice as long for the ASCII strings of tests/golden/tokens.jsonl (68,000
+against 146,000 a second on one core), splits by Unicode tables of its own, and differed on 279 of the
+3,977 golden strings, all of them with a special token written out.
 """
 
 import functools
