@@ -2,7 +2,8 @@
 
     python train.py
 
-Two CPU cores, ... minutes.
+Two cores of an AVX2 machine, jax 0.10.2: 4.8 minutes of training, then 28.7 % top-1 and 51.7 % top-5
+among 1,911 names on the fourth (chance 0.05 and 0.26 %).  docs/emoji.md tells how it was chosen.
 """
 
 import pathlib
