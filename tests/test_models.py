@@ -53,8 +53,8 @@ def relative_error(found: jax.Array, expected: np.ndarray) -> float:
     return float(np.abs(np.asarray(found, np.float64) - expected).max() / expected.std())
 
 
-# Measured: images 1e-6 (vit) and 1e-6 (resnet), texts 1e-6.
-@pytest.mark.parametrize("kind, tolerance", [("vit", 5e-6), ("resnet", 5e-6)])
+# Measured, images and texts: 1.2e-6 and 1.4e-6 (vit), 1.5e-6 and 1.6e-6 (resnet).
+@pytest.mark.parametrize("kind, tolerance", [("vit", 3.6e-6), ("resnet", 4.4e-6)])
 def test_towers_equal_openais_in_float32(kind, tolerance, golden_towers):
     model = golden_model(kind, golden_towers)
     image_error = relative_error(
@@ -63,7 +63,6 @@ def test_towers_equal_openais_in_float32(kind, tolerance, golden_towers):
     text_error = relative_error(
         model.encode_text(jnp.asarray(golden_towers[f"{kind}/tokens"], jnp.int32)), golden_towers[f"{kind}/text_features"]
     )
-    print(kind, image_error, text_error)
     assert image_error < tolerance and text_error < tolerance, (image_error, text_error)
 
 
@@ -85,7 +84,7 @@ def test_convolution_as_matrix_product_equals_the_convolution():
         x = jnp.asarray(rng.standard_normal((2, side, side, 5)), jnp.float32)
         kernel = layer.kernel[...]
         expected = np.asarray(layer._as_convolution(x, kernel))
-        assert relative_error(layer._as_matrix_product(x, kernel), expected) < 2e-6
+        assert relative_error(layer._as_matrix_product(x, kernel), expected) < 2.3e-6  # measured 7.8e-7
 
 
 def test_logits_are_scaled_cosines_and_symmetric(golden_towers):
@@ -142,10 +141,10 @@ def test_last_block_at_one_position_equals_the_whole_block(causal):
         return block.at(x, position, causal)
 
     expected = np.asarray(whole(x))
-    assert relative_error(at(x), expected) < 2e-6  # measured 4e-7
+    assert relative_error(at(x), expected) < 1e-6  # measured 0
     weights = jax.random.normal(jax.random.key(1), expected.shape)
     gradients = [np.asarray(jax.grad(lambda x: jnp.sum(f(x) * weights))(x)) for f in (at, whole)]
-    assert relative_error(gradients[0], gradients[1]) < 3e-6
+    assert relative_error(gradients[0], gradients[1]) < 1.4e-6  # measured 4.6e-7
 
 
 @pytest.mark.parametrize("name", MILLIONS)

@@ -48,8 +48,8 @@ def test_eight_devices_give_the_losses_of_one(model):
     one = losses(config(model), jax.devices()[:1])
     assert one[-1] != pytest.approx(one[0], rel=1e-2)  # it moves, or equality would say little
     for mesh in ({"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 4}):
-        # Measured: relative error at most 1.2e-6 over five steps of losses near 2.8.
-        np.testing.assert_allclose(losses(config(model, **mesh), jax.devices()), one, rtol=3e-6)
+        # Measured: relative error at most 3.6e-7 over five steps, in which the loss falls from 3.8 to 2.9.
+        np.testing.assert_allclose(losses(config(model, **mesh), jax.devices()), one, rtol=1.1e-6)
 
 
 def test_fsdp_splits_parameters_and_their_moments_alike():
@@ -128,7 +128,7 @@ def test_batch_norm_uses_the_statistics_of_all_devices():
     init, step, _ = make_train_step(c, single)
     expected, _ = step(init(), put_batch(images, single))
     assert np.abs(after - before).max() > 0.01
-    np.testing.assert_allclose(after, expected.batch_stats["vision"]["stem"]["norm"]["mean"], atol=1e-6)
+    np.testing.assert_allclose(after, expected.batch_stats["vision"]["stem"]["norm"]["mean"], atol=3e-7)  # measured 1e-7 of 0.05
 
 
 @pytest.mark.parametrize(
