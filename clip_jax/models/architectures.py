@@ -7,6 +7,7 @@ Sources: openai/CLIP `clip/model.py`; Radford et al. 2021 (arXiv 2103.00020), ta
 """
 
 import dataclasses
+
 from clip_jax.errors import UserError
 
 
