@@ -120,9 +120,9 @@ class TrainingBatches:
         captions = []
         for row, example in enumerate(drawn):
             group = self.examples[example]
-            image, texts, keywords = self._read(group[int(rng.integers(len(group)))])
+            image, captions_of_it, keywords = self._read(group[int(rng.integers(len(group)))])
             pixels[row] = images.augment(image, self.image_size, self.augmentation, rng)
-            captions.append(self._caption(texts, keywords, rng))
+            captions.append(self._caption(captions_of_it, keywords, rng))
         # As OpenAI trained: a caption that is too long loses its end, and keeps its EOT.
         return {"image": pixels, "tokens": tokenize(captions, self.context_length, truncate=True)}
 

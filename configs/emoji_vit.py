@@ -1,4 +1,4 @@
-"""The embedded emoji with a plain vision transformer, for comparison: it learns more slowly.
+"""The embedded emoji with a plain vision transformer, for comparison.  No run of it was measured yet.
 
     python train.py --config=configs/emoji_vit.py
 """

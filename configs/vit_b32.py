@@ -3,7 +3,7 @@
     python train.py --config=configs/vit_b32.py --workdir=runs/mine --config.data.sets=FOLDER
 
 FOLDER is a prepared TFDS set in ArrayRecord whose records have `image` and `caption`; README.md shows
-how to make one.  The step was run on CPU devices only so far: no expected metric yet.
+how to make one.  No run of it was measured yet: there is no expected metric.
 """
 
 from clip_jax.config import architecture, default_config

@@ -63,9 +63,9 @@ def test_classifier_averages_normalised_prompts(model):
     encoder = Encoder(model)
     classifier = zero_shot_classifier(encoder, ["dog", "cat"], ("{}", "a picture of {}"))
     prompts = encoder.texts(["dog", "a picture of dog", "cat", "a picture of cat"])
-    np.testing.assert_allclose(np.linalg.norm(prompts, axis=1), 1, atol=6e-7)
+    np.testing.assert_allclose(np.linalg.norm(prompts, axis=1), 1, atol=1.8e-7)  # measured 6e-8
     expected = unit(np.stack([prompts[:2].mean(0), prompts[2:].mean(0)]))
-    np.testing.assert_allclose(classifier, expected, atol=3e-7)
+    np.testing.assert_allclose(classifier, expected, atol=4.5e-8)  # measured 1.5e-8 of values up to 0.17
 
 
 def test_padding_a_batch_changes_no_feature(model):
@@ -73,7 +73,7 @@ def test_padding_a_batch_changes_no_feature(model):
     few = encoder.images(emoji.pictures[:3])
     many = encoder.images(emoji.pictures[:300])
     assert few.shape == (3, 256) and many.shape == (300, 256)
-    np.testing.assert_allclose(few, many[:3], atol=1e-6)
+    np.testing.assert_allclose(few, many[:3], atol=3e-8)  # measured 0 of values up to 0.19
 
 
 def test_an_untrained_model_is_at_chance(model):

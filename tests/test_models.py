@@ -72,7 +72,7 @@ def test_bfloat16_stays_near_float32(golden_towers):
         features = model.encode_image(jnp.asarray(golden_towers["vit/images"]))
     assert features.dtype == jnp.float32
     error = relative_error(features, golden_towers["vit/image_features"])
-    assert 1e-4 < error < 0.1, error  # bfloat16 has 8 bits: were the error smaller, it would not be in use
+    assert 1e-4 < error < 0.055, error  # measured 0.018; bfloat16 has 8 bits: were the error smaller, it would not be in use
 
 
 def test_convolution_as_matrix_product_equals_the_convolution():
@@ -95,7 +95,7 @@ def test_logits_are_scaled_cosines_and_symmetric(golden_towers):
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
     expected = unit(golden_towers["vit/image_features"]) @ unit(golden_towers["vit/text_features"]).T
     expected *= np.exp(np.float32(golden_towers["vit/weights/logit_scale"]))
-    assert relative_error(per_image, expected) < 1e-5
+    assert relative_error(per_image, expected) < 1e-5  # measured 3.6e-6
     assert (per_text == per_image.T).all()
 
 
