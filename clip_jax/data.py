@@ -116,13 +116,14 @@ class TrainingBatches:
         past, place = divmod(int(step), batches_a_pass)
         drawn = self._order(past)[place * self.batch_size : (place + 1) * self.batch_size]
         rng = np.random.default_rng((self.seed, 1, step))
-        pixels = np.empty((self.batch_size, self.image_size, self.image_size, 3), np.uint8)
-        captions = []
-        for row, example in enumerate(drawn):
+        members = rng.random(self.batch_size)
+        pictures, captions = [], []
+        for example, member in zip(drawn, members, strict=True):
             group = self.examples[example]
-            image, captions_of_it, keywords = self._read(group[int(rng.integers(len(group)))])
-            pixels[row] = images.augment(image, self.image_size, self.augmentation, rng)
+            picture, captions_of_it, keywords = self._read(group[int(member * len(group))])
+            pictures.append(picture)
             captions.append(self._caption(captions_of_it, keywords, rng))
+        pixels = images.augment(pictures, self.image_size, self.augmentation, rng)
         # As OpenAI trained: a caption that is too long loses its end, and keeps its EOT.
         return {"image": pixels, "tokens": tokenize(captions, self.context_length, truncate=True)}
 
@@ -140,16 +141,19 @@ class TrainingBatches:
             )
         image = images.decode(record[self.data.image], f"{where} field {self.data.image!r}")
         if self.data.cache:  # In memory no pixel is kept that training would not see.
-            image = images.premultiplied(image).resize((self.image_size, self.image_size), PIL.Image.BICUBIC)
+            image = images.premultiplied(image) if images.has_alpha(image) else image.convert("RGB")
+            image = image.resize((self.image_size, self.image_size), PIL.Image.BICUBIC)
         return image, captions, texts(record[self.data.keywords]) if self.data.keywords else []
 
     def _caption(self, captions: list[str], keywords: list[str], rng: np.random.Generator) -> str:
-        caption = captions[int(rng.integers(len(captions)))]
-        if keywords and rng.random() < self.data.keyword_rate:
+        which, kind, both, whether, template = rng.random(5).tolist()
+        caption = captions[int(which * len(captions))]
+        data = self.data
+        if keywords and kind < data.keyword_rate:
             drawn = list(rng.permutation(keywords)[: rng.integers(1, 4)])
-            return ", ".join([caption, *drawn] if rng.random() < 0.5 else drawn)
-        if rng.random() < self.data.template_rate:
-            return self.data.templates[int(rng.integers(len(self.data.templates)))].format(caption)
+            return ", ".join([caption, *drawn] if both < 0.5 else drawn)
+        if whether < data.template_rate:
+            return data.templates[int(template * len(data.templates))].format(caption)
         return caption
 
 

@@ -56,9 +56,13 @@ class Emoji:
 
 @functools.cache
 def load_emoji(vendor: str = "fluent", split: str = "test") -> Emoji:
-    """The embedded test set.  For tuning there is `load_emoji("noto_v1", "dev")`; leave Fluent for the end."""
+    """The embedded test set, or another vendor's pictures.
+
+    To tune a recipe, leave a vendor out of `config.data.sets` and measure on it:
+    `load_emoji("noto_v1", "train")`.  Fluent is for the end.
+    """
     folder = str(importlib.resources.files("clip_jax") / "emoji" / vendor / "1.0.0")
-    seen, unseen = Records((folder,), split), Records((folder,), f"{split}_held_out")
+    seen, unseen = Records((folder,), split), Records((folder,), "held_out")
     rows = [seen[i] for i in range(len(seen))] + [unseen[i] for i in range(len(unseen))]
     pictures = [images.on_background(images.decode(row["image"], folder)) for row in rows]
     # The name of a country cannot be inferred from a flag that was never shown.

@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from clip_jax.errors import UserError
 
@@ -68,32 +68,63 @@ class Augmentation:
     zoom: tuple[float, float] = (1.0, 1.0)
     shift: float = 0.0  # share of the side, either way
     stretch: float = 0.0  # logarithm of the change of the aspect ratio, either way
-    color_rate: float = 0.0  # probability of mild changes of contrast, of each channel, and of brightness
+    color_rate: float = 0.0  # probability of mild changes of contrast, of each channel, of brightness, and:
+    hue: float = 0.0  # degrees, either way
+    saturation: float = 0.0  # share, either way
     background_rate: float = 0.0  # probability that transparency shows a random colour, not white
 
 
 def premultiplied(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The mode in which `augment` works: RGB, or RGBa, which resampling leaves without dark seams."""
-    return image.convert("RGBA").convert("RGBa") if has_alpha(image) and image.mode != "RGBa" else image
+    """RGBa, the mode that resampling leaves without dark seams."""
+    return image if image.mode == "RGBa" else image.convert("RGBA").convert("RGBa")
 
 
 def augment(
-    image: PIL.Image.Image, size: int, strength: Augmentation, rng: np.random.Generator
-) -> UInt8[np.ndarray, "S S 3"]:
-    """A random view of a picture, `size` pixels a side."""
-    image = premultiplied(image) if has_alpha(image) else image.convert("RGB")
-    draws = rng.random(19, np.float32)
-    color = 255 * draws[4:7] if draws[7] < strength.background_rate else np.full(3, 255, np.float32)
-    image = _random_crop(image, size, strength.crop_scale, draws[0:4].tolist())
-    image = _random_affine(image, strength, draws[8:13].tolist(), color)
-    # Channels first: arithmetic along rows of three is ten times slower in NumPy.
-    planes = np.asarray(image).reshape(size * size, -1).T.astype(np.float32)
-    if image.mode == "RGBa":
-        planes = planes[:3] + (1 - planes[3] / 255) * color[:, None]
-    if draws[13] < strength.color_rate:
-        gain = (0.8 + 0.4 * draws[14]) * (0.9 + 0.2 * draws[16:19])
-        planes = planes * gain[:, None] + (128 * (1 - gain) + 40 * draws[15] - 20)[:, None]
-    return (planes + 0.5).clip(0, 255).astype(np.uint8).T.reshape(size, size, 3)
+    pictures: list[PIL.Image.Image], size: int, strength: Augmentation, rng: np.random.Generator
+) -> UInt8[np.ndarray, "B S S 3"]:
+    """A random view of each picture, `size` pixels a side.
+
+    Pillow resamples one picture after the other; all else is arithmetic on the whole batch.
+    """
+    transparent = any(map(has_alpha, pictures))
+    draws = rng.random((len(pictures), 21), np.float32)
+    colors = np.where(draws[:, 7:8] < strength.background_rate, 255 * draws[:, 4:7], np.float32(255))
+    matrices = _affine_matrices(size, strength, draws[:, 8:13].astype(float))
+    pixels = np.empty((len(pictures), size, size, 4 if transparent else 3), np.uint8)
+    for row, picture in enumerate(pictures):
+        view = premultiplied(picture) if transparent else picture.convert("RGB")
+        view = _random_crop(view, size, strength.crop_scale, draws[row, 0:4].tolist())
+        if matrices is not None:
+            fill = (0, 0, 0, 0) if transparent else tuple(colors[row].astype(int).tolist())
+            view = view.transform((size, size), PIL.Image.AFFINE, matrices[row], PIL.Image.BILINEAR, fillcolor=fill)
+        pixels[row] = view
+    if not transparent and not strength.color_rate:
+        return pixels
+    matrix, offset = _color_maps(strength, draws[:, 13:21])
+    if transparent:  # What shows is the picture and, where it is clear, the background.
+        background = matrix @ colors[:, :, None]
+        matrix, offset = np.concatenate([matrix, -background / 255], axis=2), offset + background
+    planes = pixels.reshape(len(pictures), size * size, -1).swapaxes(1, 2).astype(np.float32)
+    seen = matrix @ planes + (offset + 0.5)
+    return seen.clip(0, 255, out=seen).astype(np.uint8).swapaxes(1, 2).reshape(len(pictures), size, size, 3)
+
+
+def _color_maps(
+    strength: Augmentation, draws: Float32[np.ndarray, "B 8"]
+) -> tuple[Float32[np.ndarray, "B 3 3"], Float32[np.ndarray, "B 3 1"]]:
+    """For each picture the matrix and the offset that change its colours, or leave them."""
+    identity, grey = np.eye(3, dtype=np.float32), np.full((3, 3), 1 / 3, np.float32)
+    around_grey = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], np.float32) / math.sqrt(3)
+    # Contrast, of all and of each channel, about the middle; brightness.
+    gain = (0.8 + 0.4 * draws[:, 1, None]) * (0.9 + 0.2 * draws[:, 3:6])
+    offset = 128 * (1 - gain) + 40 * draws[:, 2, None] - 20
+    # Hue turns the colours about the axis of greys, saturation is their distance from it.
+    angle = math.radians(strength.hue) * (2 * draws[:, 6] - 1)
+    saturation = 1 + strength.saturation * (2 * draws[:, 7] - 1)
+    along, across = (saturation * np.cos(angle))[:, None, None], (saturation * np.sin(angle))[:, None, None]
+    matrix = gain[:, :, None] * (grey + along * (identity - grey) + across * around_grey)
+    changed = (draws[:, 0] < strength.color_rate)[:, None, None]
+    return np.where(changed, matrix, identity), np.where(changed, offset[:, :, None], np.float32(0))
 
 
 def _random_crop(image: PIL.Image.Image, size: int, scale: tuple[float, float], draws: list[float]) -> PIL.Image.Image:
@@ -108,24 +139,23 @@ def _random_crop(image: PIL.Image.Image, size: int, scale: tuple[float, float], 
     return image.resize((size, size), PIL.Image.BICUBIC, box=(left, top, left + width, top + height))
 
 
-def _random_affine(
-    image: PIL.Image.Image, strength: Augmentation, draws: list[float], color: np.ndarray
-) -> PIL.Image.Image:
-    """Rotation, zoom, stretch and shift in one bilinear resampling about the centre."""
+def _affine_matrices(size: int, strength: Augmentation, draws: Float[np.ndarray, "B 5"]) -> list[list[float]] | None:
+    """Rotation, zoom, stretch and shift about the centre, as Pillow wants them; None where there are none.
+
+    A matrix (a, b, c, d, e, f) is the inverse map: the pixel (x, y) of the result shows the place
+    (a x + b y + c, d x + e y + f) of the picture.
+    """
     if not (strength.rotate or strength.shift or strength.stretch or strength.zoom != (1.0, 1.0)):
-        return image
-    angle = math.radians(strength.rotate) * (2 * draws[0] - 1)
-    zoom = strength.zoom[0] * (strength.zoom[1] / strength.zoom[0]) ** draws[1]
-    stretch = math.exp(strength.stretch * (draws[2] - 0.5))
-    half = image.width / 2
-    x = half + 2 * half * strength.shift * (2 * draws[3] - 1)
-    y = half + 2 * half * strength.shift * (2 * draws[4] - 1)
-    # The inverse map, from a pixel of the result to a place in the picture.
-    cosine, sine = math.cos(angle) / zoom, math.sin(angle) / zoom
-    a, b, c, d = cosine * stretch, -sine / stretch, sine * stretch, cosine / stretch
-    matrix = (a, b, half - a * x - b * y, c, d, half - c * x - d * y)
-    fill = (0, 0, 0, 0) if image.mode == "RGBa" else tuple(color.astype(int).tolist())
-    return image.transform(image.size, PIL.Image.AFFINE, matrix, PIL.Image.BILINEAR, fillcolor=fill)
+        return None
+    angle = math.radians(strength.rotate) * (2 * draws[:, 0] - 1)
+    zoom = strength.zoom[0] * (strength.zoom[1] / strength.zoom[0]) ** draws[:, 1]
+    stretch = np.exp(strength.stretch * (draws[:, 2] - 0.5))
+    half = size / 2
+    x = half + size * strength.shift * (2 * draws[:, 3] - 1)
+    y = half + size * strength.shift * (2 * draws[:, 4] - 1)
+    cosine, sine = np.cos(angle) / zoom, np.sin(angle) / zoom
+    a, b, d, e = cosine * stretch, -sine / stretch, sine * stretch, cosine / stretch
+    return np.stack([a, b, half - a * x - b * y, d, e, half - d * x - e * y], axis=1).tolist()
 
 
 def normalize(

@@ -6,6 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 from sets import picture, prepare, records
 
+from clip_jax import images
 from clip_jax.config import load_config
 from clip_jax.data import Records, TrainingBatches, texts, training_batches
 from clip_jax.errors import UserError
@@ -84,14 +85,26 @@ def test_each_pass_shows_every_example_at_most_once_in_a_new_order(pairs):
 
 def test_a_batch_never_shows_one_emoji_twice_and_draws_from_all_vendors(emoji_config):
     batches = TrainingBatches(emoji_config)
-    assert len(batches.examples) == 1720 and len(batches.records) == 3 * 1720
-    assert all([index // 1720 for index in group] == [0, 1, 2] for group in batches.examples)
+    assert len(batches.examples) == 1720
+    vendors = [[batches.records.where(index).split("/")[-2] for index in group] for group in batches.examples]
+    assert all(len(group) == len(set(group)) and {"noto", "twemoji", "openmoji"} <= set(group) for group in vendors)
+    assert {vendor for group in vendors for vendor in group} == {folder.split("/")[-2] for folder in emoji_config.data.sets}
     keys = [{texts(batches.records[i]["codepoints"])[0] for i in group} for group in batches.examples]
     assert all(len(key) == 1 for key in keys) and len(set.union(*keys)) == 1720
 
 
-def test_neither_test_vendor_nor_held_out_emoji_are_ever_trained_on(emoji_config):
-    assert not any("fluent" in folder or "noto_v1" in folder for folder in emoji_config.data.sets)
+def test_every_picture_is_framed_alike(emoji_config):
+    folder = emoji_config.data.sets[0].replace("noto", "{}")
+    for vendor, split in (("noto", "train"), ("openmoji", "held_out"), ("emojitwo", "train"), ("fluent", "test")):
+        records = Records((folder.format(vendor),), split)
+        for index in range(0, len(records), len(records) // 20):
+            drawn = images.decode(records[index]["image"], vendor).getchannel("A").point(lambda a: 255 * (a > 64)).getbbox()
+            assert 59 <= max(drawn[2] - drawn[0], drawn[3] - drawn[1]) <= 63, (vendor, index, drawn)
+            assert abs(drawn[0] + drawn[2] - 64) <= 2 and abs(drawn[1] + drawn[3] - 64) <= 2, (vendor, index, drawn)
+
+
+def test_neither_the_test_vendor_nor_held_out_emoji_are_ever_trained_on(emoji_config):
+    assert not any("fluent" in folder for folder in emoji_config.data.sets)
     names = lambda folder, split: {texts(r["name"])[0] for r in map(Records((folder,), split).__getitem__, range(len(Records((folder,), split))))}
     emoji = load_emoji()
     held_out = {emoji.names[i] for i in emoji.held_out}

@@ -12,7 +12,7 @@ files, encoded as WebP, and neither making nor reading them needs TensorFlow.
 
 Every record is one picture of one emoji by one vendor:
 
-    image      WebP, 64 x 64, with alpha
+    image      WebP, 64 x 64, with alpha; what is drawn reaches to one pixel from the edge
     label      0..1910, the class: an emoji that all of Noto, Twemoji and OpenMoji draw
     codepoints the emoji's code points, upper case, without FE0F: the key that aligns the vendors
     name       the Unicode CLDR short name
@@ -21,7 +21,7 @@ Every record is one picture of one emoji by one vendor:
 
 Two things are split off, and the names of the splits say so:
 
-* Fluent is the test vendor and Noto v1 the development vendor: neither has a split `train`.
+* Fluent is the test vendor, and has no split `train`.
 * A tenth of every subgroup is held out of training from every vendor.
 """
 
@@ -31,10 +31,12 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,7 +59,9 @@ VENDORS = {
         "Twemoji, Twitter and contributors, CC-BY-4.0",
     ),
     "openmoji": ("openmoji@17.0.0", "train", "OpenMoji, HfG Schwaebisch Gmuend, CC-BY-SA-4.0"),
-    "noto_v1": ("@iconify-json/noto-v1@1.2.5", "dev", "Noto Emoji (first design), Apache-2.0"),
+    "noto_v1": ("@iconify-json/noto-v1@1.2.5", "train", "Noto Emoji (first design), Apache-2.0"),
+    "emojitwo": ("@iconify-json/emojione@1.2.3", "train", "EmojiTwo (EmojiOne 2.3), CC-BY-4.0"),
+    "fxemoji": ("@iconify-json/fxemoji@1.2.2", "train", "Firefox OS Emoji, Mozilla, Apache-2.0"),
     "fluent": (
         "@iconify-json/fluent-emoji-flat@1.2.6",
         "test",
@@ -99,8 +103,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager  # The packages come from npm, not from an address of ours.
         split = VENDORS[self.builder_config.name][1]
-        held_out = "held_out" if split == "train" else f"{split}_held_out"
-        return {split: self._generate_examples(False), held_out: self._generate_examples(True)}
+        return {split: self._generate_examples(False), "held_out": self._generate_examples(True)}
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[int, dict]]:
         vendor = self.builder_config.name
@@ -109,7 +112,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
             if emoji["held_out"] != held_out or (pixels := picture(emoji)) is None:
                 continue
             file = io.BytesIO()
-            pixels.save(file, "WEBP", quality=80, method=4)
+            pixels.save(file, "WEBP", quality=45, alpha_quality=8, method=6)
             file.seek(0)
             fields = ("codepoints", "name", "keywords", "subgroup")
             yield label, {"image": file, "label": label} | {k: emoji[k] for k in fields}
@@ -166,17 +169,39 @@ def _picture_reader(vendor: str, sources: pathlib.Path):
             files = {align(f.stem): f for f in (folder / "color" / "svg").glob("*.svg")}
             read = lambda file: _render(file.read_text())
         case _:
-            # Iconify names its icons; the older sets have no code points of their own and share
-            # Noto's names.  (Slugs of CLDR names would not do: "UP! button" and "upwards button".)
+            # Iconify names its icons.  The older sets have no code points of their own: Firefox's are
+            # called by the names of Unicode's characters, the others share Noto's names.
+            # (Slugs of CLDR names would not do: "UP! button" and "upwards button".)
             icons = json.loads((folder / "icons.json").read_text())
             aliases = {alias: target["parent"] for alias, target in icons.get("aliases", {}).items()}
             named = lambda name: icons["icons"].get(aliases.get(name, name))
             codes = {}
-            for source in (_folder(sources, ICON_NAMES), folder):
-                codes |= {align(c): name for c, name in json.loads((source / "chars.json").read_text()).items()}
+            if vendor == "fxemoji":
+                called = {unicodedata.name(chr(code), ""): code for code in range(0x1FAFF, 0xA0, -1)}
+                codes = {f"{code:04X}": re.sub("[^a-z0-9]", "", name.lower()) for name, code in called.items() if name}
+            else:
+                for source in (_folder(sources, ICON_NAMES), folder):
+                    codes |= {align(c): name for c, name in json.loads((source / "chars.json").read_text()).items()}
             files = {c: named(name) for c, name in codes.items() if named(name) is not None}
             read = lambda icon: _render(_svg(icon, icons["width"], icons["height"]))
-    return lambda emoji: read(files[emoji["codepoints"]]) if emoji["codepoints"] in files else None
+    return lambda emoji: _framed(read(files[emoji["codepoints"]])) if emoji["codepoints"] in files else None
+
+
+def _framed(image: PIL.Image.Image) -> PIL.Image.Image:
+    """What is drawn, centred, its longer side filling the picture but for one pixel at each end.
+
+    The vendors leave margins of their own (Twemoji none, OpenMoji a fifth), which say nothing of the emoji.
+    """
+    image = image.convert("RGBa")  # resampling premultiplied colours leaves no seams
+    drawn = image.getchannel("a").point(lambda alpha: 255 * (alpha > 16)).getbbox() or (0, 0, *image.size)
+    width, height = drawn[2] - drawn[0], drawn[3] - drawn[1]
+    side = max(width, height)
+    square = PIL.Image.new("RGBa", (side, side))
+    square.paste(image.crop(drawn), ((side - width) // 2, (side - height) // 2))
+    inner = PICTURE_SIZE - 2
+    framed = PIL.Image.new("RGBa", (PICTURE_SIZE, PICTURE_SIZE))
+    framed.paste(square.resize((inner, inner), PIL.Image.LANCZOS), (1, 1))
+    return framed.convert("RGBA")
 
 
 def _svg(icon: dict, width: int, height: int) -> str:
@@ -191,7 +216,7 @@ def _svg(icon: dict, width: int, height: int) -> str:
 def _render(svg: str) -> PIL.Image.Image:
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=PICTURE_SIZE, height=PICTURE_SIZE)
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=4 * PICTURE_SIZE, height=4 * PICTURE_SIZE)
     return PIL.Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 

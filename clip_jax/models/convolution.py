@@ -1,4 +1,4 @@
-"""A convolution and its BatchNorm, as the image towers use them."""
+"""A convolution and its normalisation, as the image towers use them."""
 
 import jax
 import jax.numpy as jnp
@@ -6,27 +6,54 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 
+def batch_norm(features: int, gain: float = 1.0, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """BatchNorm as PyTorch has it, in float32, with `gain` to start from."""
+    return nnx.BatchNorm(
+        features,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        scale_init=nnx.initializers.constant(gain),
+        rngs=rngs,
+    )
+
+
+class InstanceBatchNorm(nnx.Module):
+    """Instance normalisation for half of the channels, which takes a picture's own contrast and colour
+    cast out of them, and BatchNorm for the rest, which keeps them (IBN-Net, Pan et al. 2018, figure 3a).
+    """
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.half = features // 2
+        self.instance = nnx.InstanceNorm(self.half, epsilon=1e-3, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+        self.batch = batch_norm(features - self.half, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return jnp.concatenate([self.instance(x[..., : self.half]), self.batch(x[..., self.half :])], axis=-1)
+
+
 class ConvolutionNorm(nnx.Module):
-    """A convolution without bias and its BatchNorm.
+    """A convolution without bias and its BatchNorm, or `style_free`, its InstanceBatchNorm.
 
     Under `jax.jit` the batch is the global one, so the statistics are those of all devices.
     """
 
     def __init__(
-        self, channels: int, features: int, size: int, stride: int, dtype: jnp.dtype, gain: float = 1.0, *, rngs: nnx.Rngs
+        self,
+        channels: int,
+        features: int,
+        size: int,
+        stride: int,
+        gain: float = 1.0,
+        style_free: bool = False,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.size, self.stride = size, stride
         init = nnx.initializers.normal((2 / (size * size * channels)) ** 0.5)  # He et al. 2015
         self.kernel = nnx.Param(init(rngs.params(), (size, size, channels, features)))
-        self.norm = nnx.BatchNorm(
-            features,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=jnp.float32,
-            use_fast_variance=False,
-            scale_init=nnx.initializers.constant(gain),
-            rngs=rngs,
-        )
+        self.norm = InstanceBatchNorm(features, rngs=rngs) if style_free else batch_norm(features, gain, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
         kernel = self.kernel[...].astype(x.dtype)

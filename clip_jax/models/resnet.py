@@ -24,13 +24,13 @@ class ModifiedResNet(nnx.Module):
         width = config.width
         stem = ((3, width // 2, 2), (width // 2, width // 2, 1), (width // 2, width, 1))
         self.stem = nnx.List(
-            [ConvolutionNorm(channels, features, 3, stride, dtype, rngs=rngs) for channels, features, stride in stem]
+            [ConvolutionNorm(channels, features, 3, stride, rngs=rngs) for channels, features, stride in stem]
         )
         blocks, channels = [], width
         for stage, count in enumerate(config.layers):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(Bottleneck(channels, width * 2**stage, stride, dtype, rngs=rngs))
+                blocks.append(Bottleneck(channels, width * 2**stage, stride, rngs=rngs))
                 channels = EXPANSION * width * 2**stage
         self.blocks = nnx.List(blocks)
         positions = (config.image_size // config.stride) ** 2
@@ -51,14 +51,14 @@ class ModifiedResNet(nnx.Module):
 class Bottleneck(nnx.Module):
     """1x1, 3x3, pool if there is a stride, 1x1; a shortcut; ReLU."""
 
-    def __init__(self, channels: int, width: int, stride: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, stride: int, *, rngs: nnx.Rngs):
         self.stride = stride
-        self.reduce = ConvolutionNorm(channels, width, 1, 1, dtype, rngs=rngs)
-        self.convolve = ConvolutionNorm(width, width, 3, 1, dtype, rngs=rngs)
-        self.expand = ConvolutionNorm(width, EXPANSION * width, 1, 1, dtype, gain=0.0, rngs=rngs)
+        self.reduce = ConvolutionNorm(channels, width, 1, 1, rngs=rngs)
+        self.convolve = ConvolutionNorm(width, width, 3, 1, rngs=rngs)
+        self.expand = ConvolutionNorm(width, EXPANSION * width, 1, 1, gain=0.0, rngs=rngs)
         changes_shape = stride > 1 or channels != EXPANSION * width
         self.shortcut = (
-            ConvolutionNorm(channels, EXPANSION * width, 1, 1, dtype, rngs=rngs) if changes_shape else None
+            ConvolutionNorm(channels, EXPANSION * width, 1, 1, rngs=rngs) if changes_shape else None
         )
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
