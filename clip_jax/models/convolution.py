@@ -22,15 +22,37 @@ def batch_norm(features: int, gain: float = 1.0, *, rngs: nnx.Rngs) -> nnx.Batch
 class InstanceBatchNorm(nnx.Module):
     """Instance normalisation for half of the channels, which takes a picture's own contrast and colour
     cast out of them, and BatchNorm for the rest, which keeps them (IBN-Net, Pan et al. 2018, figure 3a).
+
+    Both come from the moments of each picture, so that the map of features is read no oftener than for one.
     """
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
+        del rngs  # nothing is drawn
         self.half = features // 2
-        self.instance = nnx.InstanceNorm(self.half, epsilon=1e-3, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
-        self.batch = batch_norm(features - self.half, rngs=rngs)
+        self.use_running_average = False  # set by nnx.Module.train() and eval()
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.mean = nnx.BatchStat(jnp.zeros(features - self.half))
+        self.var = nnx.BatchStat(jnp.ones(features - self.half))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        return jnp.concatenate([self.instance(x[..., : self.half]), self.batch(x[..., self.half :])], axis=-1)
+        x = x.astype(jnp.float32)
+        means = x.mean(axis=(1, 2))
+        variances = jnp.square(x - means[:, None, None]).mean(axis=(1, 2))
+        if self.use_running_average:
+            mean, variance = self.mean[...], self.var[...]
+        else:
+            own_means = means[:, self.half :]
+            mean = own_means.mean(axis=0)
+            variance = variances[:, self.half :].mean(axis=0) + own_means.var(axis=0)
+            self.mean[...] = 0.9 * self.mean[...] + 0.1 * jax.lax.stop_gradient(mean)
+            self.var[...] = 0.9 * self.var[...] + 0.1 * jax.lax.stop_gradient(variance)
+        of_batch = lambda instance, batch: jnp.concatenate(
+            [instance[:, : self.half], jnp.broadcast_to(batch, (len(x), len(batch)))], axis=1
+        )
+        inverse = of_batch(jax.lax.rsqrt(variances + 1e-3), jax.lax.rsqrt(variance + 1e-5))
+        gain = (inverse * self.scale[...][None])[:, None, None]
+        return (x - of_batch(means, mean)[:, None, None]) * gain + self.bias[...][None, None, None]
 
 
 class ConvolutionNorm(nnx.Module):
