@@ -10,7 +10,7 @@ from openai_weights import parameters
 from clip_jax.errors import UserError
 from clip_jax.models import ARCHITECTURES, CLIP, CLIPConfig
 from clip_jax.models.architectures import ResNetConfig, TextConfig, ViTConfig
-from clip_jax.models.convolution import InstanceBatchNorm
+from clip_jax.models.convolution import InstanceBatchNorm, batch_norm
 from clip_jax.models.transformer import Transformer
 from clip_jax.step import abstract_model, split_model
 
@@ -54,8 +54,8 @@ def relative_error(found: jax.Array, expected: np.ndarray) -> float:
     return float(np.abs(np.asarray(found, np.float64) - expected).max() / expected.std())
 
 
-# Measured, images and texts: 1.2e-6 and 1.4e-6 (vit), 1.5e-6 and 1.6e-6 (resnet).
-@pytest.mark.parametrize("kind, tolerance", [("vit", 3.6e-6), ("resnet", 4.4e-6)])
+# Measured, images and texts: 1.2e-6 and 1.9e-6 (vit), 1.1e-6 and 1.5e-6 (resnet).
+@pytest.mark.parametrize("kind, tolerance", [("vit", 3.6e-6), ("resnet", 4.3e-6)])
 def test_towers_equal_openais_in_float32(kind, tolerance, golden_towers):
     model = golden_model(kind, golden_towers)
     image_error = relative_error(
@@ -73,7 +73,7 @@ def test_bfloat16_stays_near_float32(golden_towers):
         features = model.encode_image(jnp.asarray(golden_towers["vit/images"], jnp.float32))
     assert features.dtype == jnp.float32
     error = relative_error(features, golden_towers["vit/image_features"])
-    assert 1e-4 < error < 0.055, error  # measured 0.018; bfloat16 has 8 bits: were the error smaller, it would not be in use
+    assert 1e-4 < error < 0.047, error  # measured 0.0157; bfloat16 has 8 bits: were the error smaller, it would not be in use
 
 
 def test_convolution_as_matrix_product_equals_the_convolution():
@@ -96,7 +96,7 @@ def test_logits_are_scaled_cosines_and_symmetric(golden_towers):
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
     expected = unit(golden_towers["vit/image_features"]) @ unit(golden_towers["vit/text_features"]).T
     expected *= np.exp(np.float32(golden_towers["vit/weights/logit_scale"]))
-    assert relative_error(per_image, expected) < 1e-5  # measured 3.6e-6
+    assert relative_error(per_image, expected) < 6.2e-6  # measured 2.1e-6
     assert (per_text == per_image.T).all()
 
 
@@ -180,3 +180,13 @@ def test_instance_norm_forgets_contrast_and_brightness_and_batch_norm_keeps_them
     # Measured 1.4e-3 of values up to 3: epsilon beside a variance of 1.
     assert abs(before - after)[..., :4].max() < 3e-3
     assert abs(before - after)[..., 4:].max() > 1
+
+
+def test_the_batch_half_is_flax_batch_norm_and_so_are_its_running_statistics():
+    ours, flax = InstanceBatchNorm(8, rngs=nnx.Rngs(0)), batch_norm(4, rngs=nnx.Rngs(0))
+    x = 3 * jax.random.normal(jax.random.key(0), (4, 6, 6, 8)) + jnp.arange(4.0)[:, None, None, None]
+    assert relative_error(ours(x)[..., 4:], np.asarray(flax(x[..., 4:]))) < 2.1e-6  # measured 7.2e-7
+    for name in ("mean", "var"):
+        assert abs(getattr(ours, name)[...] - getattr(flax, name)[...]).max() < 1.4e-6  # measured 4.8e-7 of values up to 2
+    ours.eval(), flax.eval()
+    assert relative_error(ours(x)[..., 4:], np.asarray(flax(x[..., 4:]))) < 1.8e-6  # measured 6.3e-7
