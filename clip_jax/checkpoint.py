@@ -2,7 +2,7 @@
 
     WORKDIR/checkpoints/STEP/{state,data,config}
 
-`state` is the TrainState.  A checkpoint appears under its name only when it is whole, so a run that
+`state` is the TrainState; a model that was converted has its parameters and statistics alone, at step 0.  A checkpoint appears under its name only when it is whole, so a run that
 is killed while writing loses nothing older.
 """
 
@@ -106,6 +106,17 @@ def load_model(path: str | pathlib.Path) -> tuple[CLIP, dict]:
         )
         state = manager.restore(step, args=ocp.args.Composite(state=restore)).state
     return nnx.merge(graphdef, state["params"], state["batch_stats"]), config
+
+
+def save_model(folder: str | pathlib.Path, model: CLIP) -> None:
+    """Writes a model without a run, as the checkpoint of step 0, for `load_model`."""
+    _, params, batch_stats = split_model(model)
+    with ocp.CheckpointManager(pathlib.Path(folder).resolve() / "checkpoints", item_names=ITEMS) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave({"params": params, "batch_stats": batch_stats}),
+            config=ocp.args.JsonSave({"model": model.config.to_dict()}),
+        )
+        manager.save(0, args=items)
 
 
 def _saved_config(manager: ocp.CheckpointManager, step: int) -> dict:

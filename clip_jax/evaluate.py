@@ -95,8 +95,8 @@ class Encoder:
 
     def images(self, pictures: list[PIL.Image.Image]) -> Float[np.ndarray, "N E"]:
         """Normalised features of pictures, preprocessed as evaluation does."""
-        size = self.config.vision.image_size
-        return self._batched(self._encode_images, np.stack([images.preprocess(p, size) for p in pictures]))
+        preprocess = images.Preprocess.of(self.config)
+        return self._batched(self._encode_images, np.stack([preprocess.pixels(picture) for picture in pictures]))
 
     def texts(self, texts: list[str]) -> Float[np.ndarray, "N E"]:
         """Normalised features of texts."""

@@ -14,6 +14,7 @@ import PIL.Image
 from jaxtyping import Array, Float, Float32, UInt8
 
 from clip_jax.errors import UserError
+from clip_jax.models import CLIPConfig
 
 WHITE = (255, 255, 255)
 
@@ -44,19 +45,44 @@ def on_background(image: PIL.Image.Image, color: tuple[int, int, int] = WHITE) -
     return PIL.Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
 
 
-def preprocess(image: PIL.Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """The evaluation path: shortest side to `size`, centre crop, then RGB.
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """The evaluation path of a model: a picture of any size and mode to the input of its image tower."""
 
-    Pixel for pixel what openai/CLIP `clip.py:_transform` does: bicubic with antialiasing, the long
-    side truncated, the crop's offset rounded half to even, and the conversion to RGB last.
-    """
-    width, height = image.size
-    if width <= height:
-        resized = image.resize((size, int(size * height / width)), PIL.Image.BICUBIC)
-    else:
-        resized = image.resize((int(size * width / height), size), PIL.Image.BICUBIC)
-    left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
-    return np.asarray(resized.crop((left, top, left + size, top + size)).convert("RGB"))
+    size: int  # pixels a side
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: str = "shortest"  # or "squash"
+    interpolation: str = "bicubic"  # or "bilinear"
+
+    @classmethod
+    def of(cls, config: CLIPConfig) -> "Preprocess":
+        """That of a model."""
+        return cls(config.vision.image_size, config.image_mean, config.image_std, config.resize, config.interpolation)
+
+    def __call__(self, image: PIL.Image.Image) -> Float32[np.ndarray, "S S 3"]:
+        """(pixels / 255 - mean) / std."""
+        pixels = self.pixels(image).astype(np.float32) / np.float32(255)
+        return (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+
+    def pixels(self, image: PIL.Image.Image) -> UInt8[np.ndarray, "S S 3"]:
+        """Resized, cropped to the centre, then RGB.
+
+        Pixel for pixel what openai/CLIP `clip.py:_transform` does: antialiased, the long side truncated, the
+        crop's offset rounded half to even, the conversion to RGB last, and no turning by EXIF.  "squash" takes
+        both sides to `size` instead, as SigLIP does.
+        """
+        resample = {"bicubic": PIL.Image.BICUBIC, "bilinear": PIL.Image.BILINEAR}[self.interpolation]
+        (width, height), size = image.size, self.size
+        if self.resize == "squash":
+            sides = size, size
+        elif width <= height:
+            sides = size, int(size * height / width)
+        else:
+            sides = int(size * width / height), size
+        resized = image.resize(sides, resample)
+        left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
+        return np.asarray(resized.crop((left, top, left + size, top + size)).convert("RGB"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +94,10 @@ class Augmentation:
     zoom: tuple[float, float] = (1.0, 1.0)
     shift: float = 0.0  # share of the side, either way
     stretch: float = 0.0  # logarithm of the change of the aspect ratio, either way
-    color_rate: float = 0.0  # probability of mild changes of contrast, of each channel, of brightness, and:
+    color_rate: float = 0.0  # probability of mild changes of contrast, of each channel, of brightness, and of:
     hue: float = 0.0  # degrees, either way
     saturation: float = 0.0  # share, either way
+    light: float = 0.0  # levels, of 255, by which one side may be lit and the opposite one be in the shade
     background_rate: float = 0.0  # probability that transparency shows a random colour, not white
 
 
@@ -87,7 +114,7 @@ def augment(
     Pillow resamples one picture after the other; all else is arithmetic on the whole batch.
     """
     transparent = any(map(has_alpha, pictures))
-    draws = rng.random((len(pictures), 21), np.float32)
+    draws = rng.random((len(pictures), 23), np.float32)
     colors = np.where(draws[:, 7:8] < strength.background_rate, 255 * draws[:, 4:7], np.float32(255))
     matrices = _affine_matrices(size, strength, draws[:, 8:13].astype(float))
     pixels = np.empty((len(pictures), size, size, 4 if transparent else 3), np.uint8)
@@ -106,6 +133,9 @@ def augment(
         matrix, offset = np.concatenate([matrix, -background / 255], axis=2), offset + background
     planes = pixels.reshape(len(pictures), size * size, -1).swapaxes(1, 2).astype(np.float32)
     seen = matrix @ planes + (offset + 0.5)
+    if strength.light:
+        light = _light(size, strength, draws[:, [13, 21, 22]])
+        seen += light * (planes[:, 3:] / 255) if transparent else light
     return seen.clip(0, 255, out=seen).astype(np.uint8).swapaxes(1, 2).reshape(len(pictures), size, size, 3)
 
 
@@ -125,6 +155,16 @@ def _color_maps(
     matrix = gain[:, :, None] * (grey + along * (identity - grey) + across * around_grey)
     changed = (draws[:, 0] < strength.color_rate)[:, None, None]
     return np.where(changed, matrix, identity), np.where(changed, offset[:, :, None], np.float32(0))
+
+
+def _light(size: int, strength: Augmentation, draws: Float32[np.ndarray, "B 3"]) -> Float32[np.ndarray, "B 1 P"]:
+    """Levels to add to each pixel: a ramp across those pictures whose colours change, zero in the middle."""
+    amplitude = np.where(draws[:, 0] < strength.color_rate, strength.light * draws[:, 1], np.float32(0))
+    angle = 2 * np.pi * draws[:, 2]
+    ramp = np.linspace(-1, 1, size, dtype=np.float32)
+    along_x, along_y = amplitude * np.cos(angle), amplitude * np.sin(angle)
+    levels = along_x[:, None, None] * ramp[None, None, :] + along_y[:, None, None] * ramp[None, :, None]
+    return levels.reshape(len(draws), 1, size * size)
 
 
 def _random_crop(image: PIL.Image.Image, size: int, scale: tuple[float, float], draws: list[float]) -> PIL.Image.Image:

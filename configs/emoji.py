@@ -42,6 +42,7 @@ def get_config():
     data.augment.color_rate = 0.6
     data.augment.hue = 40.0
     data.augment.saturation = 0.5
+    data.augment.light = 60.0
     data.augment.background_rate = 1 / 3
     data.cache = True
     data.threads = 0  # on two cores a thread of its own only competes with XLA's

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
@@ -5,11 +7,16 @@ import pytest
 
 from clip_jax import images
 from clip_jax.errors import UserError
+from clip_jax.models import ARCHITECTURES
 
 
 def gradient(width: int, height: int) -> PIL.Image.Image:
     y, x = np.mgrid[:height, :width]
     return PIL.Image.fromarray(np.stack([x * 255 // width, y * 255 // height, x * 0 + 7], -1).astype(np.uint8))
+
+
+def openai(size: int) -> images.Preprocess:
+    return dataclasses.replace(images.Preprocess.of(ARCHITECTURES["ViT-B/32"]), size=size)
 
 
 @pytest.mark.parametrize("width, height", [(50, 37), (37, 50), (35, 32), (64, 64), (10, 13)])
@@ -22,7 +29,21 @@ def test_evaluation_crops_the_centre_as_openai_does(width, height):
     offset = round((new_long - size) / 2)
     box = (0, offset, size, offset + size) if width <= height else (offset, 0, offset + size, size)
     expected = np.asarray(image.resize(shape, PIL.Image.BICUBIC).crop(box))
-    assert (images.preprocess(image, size) == expected).all()
+    assert (openai(size).pixels(image) == expected).all()
+
+
+def test_siglip_squashes_instead_of_cropping():
+    wide, siglip = gradient(50, 30), images.Preprocess.of(ARCHITECTURES["ViT-B-16-SigLIP"])
+    found = dataclasses.replace(siglip, size=32).pixels(wide)
+    assert (found == np.asarray(wide.resize((32, 32), PIL.Image.BICUBIC))).all()
+    assert siglip(wide).min() >= -1 and siglip(wide).max() <= 1  # its mean and deviation are 0.5
+
+
+def test_model_input_is_what_the_device_would_have_normalised():
+    preprocess = openai(32)
+    pixels = preprocess.pixels(gradient(50, 37))
+    on_device = images.normalize(jnp.asarray(pixels[None]), preprocess.mean, preprocess.std)[0]
+    np.testing.assert_allclose(preprocess(gradient(50, 37)), np.asarray(on_device), atol=7.2e-7)  # measured 2.4e-7 of 2.2
 
 
 def test_without_strength_a_training_picture_is_the_picture():
@@ -47,6 +68,36 @@ def test_an_opaque_picture_is_treated_alike_beside_a_transparent_one():
     alone = images.augment([opaque], 32, turn, np.random.default_rng(0))[0].astype(int)
     beside = images.augment([opaque, clear], 32, turn, np.random.default_rng(0))[0].astype(int)
     assert abs(alone - beside).max() <= 1 and alone.std() > 30  # measured 1: the background's colour is whole in RGB
+
+
+def test_hue_turns_about_grey_and_saturation_spreads_from_it():
+    grey, red = np.full((16, 16, 3), 90, np.uint8), np.zeros((16, 16, 3), np.uint8) + np.uint8([180, 60, 60])
+    picture = PIL.Image.fromarray(np.concatenate([grey, red], axis=1))
+    turned = images.augment([picture] * 64, 32, images.Augmentation((1.0, 1.0), color_rate=1.0, hue=120.0), np.random.default_rng(0))
+    plain = images.augment([picture] * 64, 32, images.Augmentation((1.0, 1.0), color_rate=1.0), np.random.default_rng(0))
+    hues = lambda batch: (batch[:, 16, 24].argmax(-1), batch[:, 16, 8].astype(int))
+    assert set(hues(turned)[0].tolist()) == {0, 1, 2} and set(hues(plain)[0].tolist()) == {0}
+    assert abs(hues(turned)[1] - hues(plain)[1]).max() <= 1  # grey has no hue
+    spread = images.augment(
+        [picture] * 64, 32, images.Augmentation((1.0, 1.0), color_rate=1.0, saturation=0.5), np.random.default_rng(0)
+    )
+    distance = lambda batch: np.ptp(batch[:, 16, 24].astype(float), axis=-1)
+    ratio = distance(spread) / distance(plain)
+    assert ratio.min() < 0.7 and ratio.max() > 1.3 and 0.45 < ratio.min() and ratio.max() < 1.55
+
+
+def test_light_falls_from_one_side_on_what_is_drawn_and_not_on_its_background():
+    drawn = PIL.Image.new("RGBA", (32, 32), (128, 128, 128, 255))
+    drawn.paste((0, 0, 0, 0), (0, 0, 32, 4))
+    lit = images.Augmentation((1.0, 1.0), color_rate=1.0, light=60.0)
+    found, plain = (
+        images.augment([drawn] * 64, 32, strength, np.random.default_rng(0)).astype(int)
+        for strength in (lit, images.Augmentation((1.0, 1.0), color_rate=1.0))
+    )
+    change = found - plain
+    assert (change[:, :4] == 0).all()
+    corners = change[:, 4:].reshape(64, -1)
+    assert 40 < corners.max() < 60 * 2**0.5 + 1 and abs(change[:, 15:17, 15:17]).max() <= 6  # measured 3: nearly none in the middle
 
 
 def test_augmentation_is_a_function_of_its_generator():

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from openai_weights import parameters
 
 from clip_jax.errors import UserError
 from clip_jax.models import ARCHITECTURES, CLIP, CLIPConfig
 from clip_jax.models.architectures import ResNetConfig, TextConfig, ViTConfig
 from clip_jax.models.convolution import InstanceBatchNorm, batch_norm
 from clip_jax.models.transformer import Transformer
+from clip_jax.pytorch import layouts
 from clip_jax.step import abstract_model, split_model
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -39,14 +39,7 @@ MILLIONS = {
 def golden_model(kind: str, golden: dict[str, np.ndarray], **changes) -> CLIP:
     config = dataclasses.replace(GOLDEN[kind], **changes)
     weights = {k.removeprefix(f"{kind}/weights/"): v for k, v in golden.items() if k.startswith(f"{kind}/weights/")}
-    layers = config.vision.layers
-    params, statistics = parameters(weights, layers)
-    graphdef, expected, expected_statistics = split_model(abstract_model(config))
-    shapes = lambda tree: jax.tree.map(np.shape, tree)
-    assert shapes(params) == shapes(expected) and shapes(statistics) == shapes(expected_statistics)
-    model = nnx.merge(graphdef, *jax.tree.map(jnp.asarray, (params, statistics)))
-    model.eval()
-    return model
+    return layouts.build_model(config, layouts.to_ours(weights, layouts.openai_layout(config), config, kind))
 
 
 def relative_error(found: jax.Array, expected: np.ndarray) -> float:

@@ -3,17 +3,19 @@
 An architecture travels with its weights: checkpoints hold a `CLIPConfig` whole, preprocessing and
 all, because an activation or a mean lost on reload has falsified published results (open_clip#771).
 
-Sources: openai/CLIP `clip/model.py`; Radford et al. 2021 (arXiv 2103.00020), tables 19 and 20.
+Sources: openai/CLIP `clip/model.py`; Radford et al. 2021 (arXiv 2103.00020), tables 19 and 20; open_clip
+`src/open_clip/model_configs/`; Zhai et al. 2023 (arXiv 2303.15343); Tschannen et al. 2025 (arXiv 2502.14786).
 """
 
 import dataclasses
+import math
 
 from clip_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """A vision transformer."""
+    """A vision transformer, read at its class token."""
 
     image_size: int  # pixels a side
     patch_size: int  # pixels a side of one token
@@ -21,14 +23,36 @@ class ViTConfig:
     layers: int
     heads: int
     mlp_ratio: float = 4.0
+    pooling: str = "class"
 
     def __post_init__(self):
+        _check_pooling(self)
         _check_heads("vision", self.width, self.heads)
-        if self.image_size % self.patch_size:
+        if self.pooling == "class" and self.image_size % self.patch_size:
             raise UserError(
                 f"model.vision.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
-                f"the nearest is {self.image_size // self.patch_size * self.patch_size}"
+                f"the nearest is {self.grid * self.patch_size}"
             )
+
+    @property
+    def mlp_width(self) -> int:
+        """Units between the two layers of an MLP."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class SigLIPViTConfig(ViTConfig):
+    """A vision transformer without class token, read by an attention pool (MAP).
+
+    Pixels beyond the last whole patch are not seen: 384 pixels are 27 patches of 14.
+    """
+
+    pooling: str = "map"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +63,10 @@ class ResNetConfig:
     layers: tuple[int, ...]  # bottleneck blocks of each stage
     width: int  # channels out of the stem, and inside the blocks of the first stage
     heads: int  # of the attention pool
+    pooling: str = "attention"
 
     def __post_init__(self):
+        _check_pooling(self)
         _check_heads("vision", self.width * 4 * 2 ** (len(self.layers) - 1), self.heads)
         if self.image_size % self.stride:
             raise UserError(
@@ -60,8 +86,10 @@ class SmallResNetConfig:
 
     image_size: int  # pixels a side
     channels: tuple[int, ...]  # out of the convolution, and out of each block
+    pooling: str = "mean"
 
     def __post_init__(self):
+        _check_pooling(self)
         if self.image_size % 2 ** len(self.channels):
             stride = 2 ** len(self.channels)
             raise UserError(
@@ -81,29 +109,80 @@ class TextConfig:
     vocabulary_size: int = 49408
     mlp_ratio: float = 4.0
     token_embedding_std: float = 0.02  # at the start of training
+    pooling: str = "eot"
 
     def __post_init__(self):
+        _check_pooling(self)
         _check_heads("text", self.width, self.heads)
+
+    @property
+    def mlp_width(self) -> int:
+        """Units between the two layers of an MLP."""
+        return int(self.width * self.mlp_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class SigLIPTextConfig(TextConfig):
+    """The text transformer of SigLIP: every token sees every other, and the last one is read."""
+
+    context_length: int = 64
+    vocabulary_size: int = 32000
+    pooling: str = "last"
+
+
+VISION_TOWERS = (ViTConfig, SigLIPViTConfig, ResNetConfig, SmallResNetConfig)
+TEXT_TOWERS = (TextConfig, SigLIPTextConfig)
+CHOICES = {
+    "activation": ("quick_gelu", "gelu", "gelu_tanh"),
+    "tokenizer": ("openai", "siglip", "siglip2"),
+    "resize": ("shortest", "squash"),
+    "interpolation": ("bicubic", "bilinear"),
+    "dtype": ("bfloat16", "float32"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Two towers, the space they share, and how pictures enter."""
+    """Two towers, the space they share, and how pictures and texts enter."""
 
     name: str
     embedding: int  # width of the shared space
-    vision: ViTConfig | ResNetConfig | SmallResNetConfig
-    text: TextConfig
-    activation: str = "quick_gelu"  # or "gelu", "gelu_tanh"
+    vision: ViTConfig | SigLIPViTConfig | ResNetConfig | SmallResNetConfig
+    text: TextConfig | SigLIPTextConfig
+    activation: str = "quick_gelu"  # of transformers: or "gelu", "gelu_tanh"
     layer_norm_eps: float = 1e-5
+    initial_logit_scale: float = math.log(1 / 0.07)  # a logarithm; Radford et al. 2021, 2.5
+    initial_logit_bias: float | None = None  # None: there is none
+    tokenizer: str = "openai"  # or "siglip", "siglip2"
+    resize: str = "shortest"  # the shortest side, then the centre; or "squash", both sides
+    interpolation: str = "bicubic"  # or "bilinear"
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     dtype: str = "bfloat16"  # of matrix products, or "float32"; parameters, norms, softmax and loss are float32
 
     def __post_init__(self):
-        for field, choices in (("activation", ("quick_gelu", "gelu", "gelu_tanh")), ("dtype", ("bfloat16", "float32"))):
+        for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise UserError(f"model.{field} is {getattr(self, field)!r}, expected one of {', '.join(choices)}")
+        if isinstance(self.vision, SigLIPViTConfig) and self.vision.width != self.embedding:
+            raise UserError(
+                f"model.embedding is {self.embedding}, expected model.vision.width {self.vision.width}: "
+                "the attention pool of SigLIP's image tower has no projection behind it"
+            )
+
+    def identity(self) -> dict:
+        """What two configurations of the same trained model have in common: all but the name, how it was
+        initialised, the type of its arithmetic, and in which digits a ratio is written.
+        """
+        values = self.to_dict()
+        for name in ("name", "dtype", "initial_logit_scale"):
+            del values[name]
+        for tower in ("vision", "text"):
+            values[tower].pop("token_embedding_std", None)
+            if "mlp_ratio" in values[tower]:
+                values[tower]["mlp_ratio"] = getattr(self, tower).mlp_width
+        values["initial_logit_bias"] = self.initial_logit_bias is not None
+        return values
 
     def to_dict(self) -> dict:
         """As plain values, for a configuration file or a checkpoint."""
@@ -112,11 +191,27 @@ class CLIPConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "CLIPConfig":
         """The inverse of `to_dict`; lists, as JSON has them, become tuples."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        vision = {k: tuple(v) if isinstance(v, list) else v for k, v in values["vision"].items()}
-        towers = (ViTConfig, ResNetConfig, SmallResNetConfig)
-        (tower,) = (t for t in towers if {field.name for field in dataclasses.fields(t)} == vision.keys())
-        return cls(**values | {"vision": tower(**vision), "text": TextConfig(**values["text"])})
+        return cls(
+            **_tuples(values)
+            | {"vision": _tower(VISION_TOWERS, values["vision"]), "text": _tower(TEXT_TOWERS, values["text"])}
+        )
+
+
+def _tower(towers: tuple, values: dict):
+    """The configuration whose pooling it is: that tells the towers apart."""
+    known, pooling = {tower.pooling: tower for tower in towers}, values.get("pooling")
+    if pooling not in known:
+        raise UserError(f"pooling of a tower is {pooling!r}, expected one of {', '.join(known)}")
+    return known[pooling](**_tuples(values))
+
+
+def _tuples(values: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _check_pooling(tower) -> None:
+    if tower.pooling != type(tower).pooling:
+        raise UserError(f"pooling of {type(tower).__name__} is {type(tower).pooling!r}, found {tower.pooling!r}")
 
 
 def _check_heads(tower: str, width: int, heads: int) -> None:
@@ -128,6 +223,56 @@ def _openai(name: str, embedding: int, vision: ViTConfig | ResNetConfig, text_wi
     text = TextConfig(width=text_width, layers=12, heads=text_width // 64)
     return CLIPConfig(name=name, embedding=embedding, vision=vision, text=text)
 
+
+def _open_clip(name: str, embedding: int, vision: ViTConfig, text: TextConfig) -> CLIPConfig:
+    """LAION's and DataComp's, with exact GELU."""
+    return CLIPConfig(name=name, embedding=embedding, vision=vision, text=text, activation="gelu")
+
+
+def _siglip(size: str, patch: int, image_size: int, version: int = 1, multilingual: bool = False) -> CLIPConfig:
+    """SigLIP (Zhai et al. 2023) and SigLIP 2 of fixed resolution, by open_clip's names."""
+    width, layers, heads, mlp_ratio = _SIGLIP_VISION[size]
+    text_width, text_layers, text_heads, text_ratio = _SIGLIP_TEXT[size]
+    name = f"ViT-{size}-{patch}-SigLIP{'2' if version == 2 else ''}{'-i18n' if multilingual else ''}"
+    first = {14: 224, 16: 224, 32: 0}[patch]  # the resolution that the name does not say
+    return CLIPConfig(
+        name=name if image_size == first else f"{name}-{image_size}",
+        embedding=width,
+        vision=SigLIPViTConfig(image_size, patch, width, layers, heads, mlp_ratio),
+        text=SigLIPTextConfig(
+            text_width,
+            text_layers,
+            text_heads,
+            context_length=16 if name == "ViT-SO400M-14-SigLIP" and image_size == first else 64,
+            vocabulary_size=256000 if version == 2 else 250000 if multilingual else 32000,
+            mlp_ratio=text_ratio,
+        ),
+        activation="gelu_tanh",
+        layer_norm_eps=1e-6,
+        initial_logit_scale=math.log(10),
+        initial_logit_bias=-10.0,
+        tokenizer="siglip2" if version == 2 else "siglip",
+        resize="squash",
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+    )
+
+
+# Width, layers, heads, ratio of the MLP.
+_SIGLIP_VISION = {
+    "B": (768, 12, 12, 4.0),
+    "L": (1024, 24, 16, 4.0),
+    "SO400M": (1152, 27, 16, 3.7362),
+    "gopt": (1536, 40, 16, 4.0),
+}
+_SIGLIP_TEXT = _SIGLIP_VISION | {"gopt": _SIGLIP_VISION["SO400M"]}
+
+_OPEN_CLIP_TEXT = {
+    512: TextConfig(512, 12, 8),
+    768: TextConfig(768, 12, 12),
+    1024: TextConfig(1024, 24, 16),
+    1280: TextConfig(1280, 32, 20),
+}
 
 # For pictures of 32 pixels a side and short captions.  Token embeddings that start near zero are
 # learned soonest, which counts in a run of minutes (docs/emoji.md).
@@ -145,6 +290,24 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
         _openai("ViT-B/16", 512, ViTConfig(224, 16, 768, 12, 12), 512),
         _openai("ViT-L/14", 768, ViTConfig(224, 14, 1024, 24, 16), 768),
         _openai("ViT-L/14@336px", 768, ViTConfig(336, 14, 1024, 24, 16), 768),
+        _open_clip("ViT-B-32", 512, ViTConfig(224, 32, 768, 12, 12), _OPEN_CLIP_TEXT[512]),
+        _open_clip("ViT-B-32-256", 512, ViTConfig(256, 32, 768, 12, 12), _OPEN_CLIP_TEXT[512]),
+        _open_clip("ViT-B-16", 512, ViTConfig(224, 16, 768, 12, 12), _OPEN_CLIP_TEXT[512]),
+        _open_clip("ViT-L-14", 768, ViTConfig(224, 14, 1024, 24, 16), _OPEN_CLIP_TEXT[768]),
+        _open_clip("ViT-L-14-336", 768, ViTConfig(336, 14, 1024, 24, 16), _OPEN_CLIP_TEXT[768]),
+        _open_clip("ViT-H-14", 1024, ViTConfig(224, 14, 1280, 32, 16), _OPEN_CLIP_TEXT[1024]),
+        _open_clip("ViT-g-14", 1024, ViTConfig(224, 14, 1408, 40, 16, 4.3637), _OPEN_CLIP_TEXT[1024]),
+        _open_clip("ViT-bigG-14", 1280, ViTConfig(224, 14, 1664, 48, 16, 4.9231), _OPEN_CLIP_TEXT[1280]),
+        *(_siglip("B", 16, side) for side in (224, 256, 384, 512)),
+        *(_siglip("L", 16, side) for side in (256, 384)),
+        *(_siglip("SO400M", 14, side) for side in (224, 378, 384)),
+        _siglip("B", 16, 256, multilingual=True),
+        _siglip("B", 32, 256, version=2),
+        *(_siglip("B", 16, side, version=2) for side in (224, 256, 384, 512)),
+        *(_siglip("L", 16, side, version=2) for side in (256, 384, 512)),
+        *(_siglip("SO400M", 14, side, version=2) for side in (224, 378)),
+        *(_siglip("SO400M", 16, side, version=2) for side in (256, 384, 512)),
+        *(_siglip("gopt", 16, side, version=2) for side in (256, 384)),
         CLIPConfig(
             name="emoji",
             embedding=256,

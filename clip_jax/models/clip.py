@@ -6,32 +6,52 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.architectures import CLIPConfig, ResNetConfig, SmallResNetConfig, ViTConfig
+from clip_jax.errors import UserError
+from clip_jax.models.architectures import (
+    CLIPConfig,
+    ResNetConfig,
+    SigLIPTextConfig,
+    SigLIPViTConfig,
+    SmallResNetConfig,
+    TextConfig,
+    ViTConfig,
+)
 from clip_jax.models.resnet import ModifiedResNet
+from clip_jax.models.siglip import SigLIPText, SigLIPViT
 from clip_jax.models.small_resnet import SmallResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import ViT
 
-INITIAL_TEMPERATURE = 0.07  # Radford et al. 2021, 2.5, who clip the learned scale at 100
-MAX_LOGIT_SCALE = math.log(100)
+MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, 2.5
 
 
 class CLIP(nnx.Module):
-    """Image and text encoders and the learned logit_scale, the logarithm of 1 / temperature."""
+    """Image and text encoders, and the learned logit_scale, the logarithm of 1 / temperature.
+
+    All methods work under `jax.jit`; `images` are [B, H, W, 3], normalised by the model's mean and std.
+    """
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = jnp.dtype(config.dtype)
-        transformer = (config.embedding, config.activation, config.layer_norm_eps, dtype)
+        activation, eps = config.activation, config.layer_norm_eps
         match config.vision:
+            case SigLIPViTConfig():
+                self.vision = SigLIPViT(config.vision, activation, eps, dtype, rngs=rngs)
             case ViTConfig():
-                self.vision = ViT(config.vision, *transformer, rngs=rngs)
+                self.vision = ViT(config.vision, config.embedding, activation, eps, dtype, rngs=rngs)
             case ResNetConfig():
                 self.vision = ModifiedResNet(config.vision, config.embedding, dtype, rngs=rngs)
             case SmallResNetConfig():
                 self.vision = SmallResNet(config.vision, config.embedding, dtype, rngs=rngs)
-        self.text = TextTransformer(config.text, *transformer, rngs=rngs)
-        self.logit_scale = nnx.Param(jnp.float32(math.log(1 / INITIAL_TEMPERATURE)))
+        match config.text:
+            case SigLIPTextConfig():
+                self.text = SigLIPText(config.text, config.embedding, activation, eps, dtype, rngs=rngs)
+            case TextConfig():
+                self.text = TextTransformer(config.text, config.embedding, activation, eps, dtype, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.float32(config.initial_logit_scale))
+        if config.initial_logit_bias is not None:
+            self.logit_bias = nnx.Param(jnp.float32(config.initial_logit_bias))
 
     def encode_image(self, images: Float[Array, "B H W 3"], normalize: bool = False) -> Float[Array, "B E"]:
         """Image features; with `normalize`, of length one."""
@@ -46,11 +66,30 @@ class CLIP(nnx.Module):
     def __call__(
         self, images: Float[Array, "B H W 3"], tokens: Int[Array, "C T"]
     ) -> tuple[Float[Array, "B C"], Float[Array, "C B"]]:
-        """Scaled cosine similarities: (logits_per_image, logits_per_text)."""
+        """Cosine similarities, scaled, and shifted where there is a logit_bias: (logits_per_image, logits_per_text)."""
         image_features = self.encode_image(images, normalize=True)
         text_features = self.encode_text(tokens, normalize=True)
         logits_per_image = jnp.exp(self.logit_scale[...]) * image_features @ text_features.T
+        if self.config.initial_logit_bias is not None:
+            logits_per_image += self.logit_bias[...]
         return logits_per_image, logits_per_image.T
+
+    def image_tokens(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "B N D"]:
+        """Hidden states of a vision transformer after `layer` blocks (-1: the last, -2: the penultimate),
+        before ln_post, the class token first where there is one; or the last feature map of a ResNet.  In float32.
+        """
+        if isinstance(self.config.vision, ViTConfig):
+            return self.vision.tokens(images, layer)
+        if layer != -1:
+            raise UserError(f"layer {layer} of the image tower of {self.config.name}, expected -1: a ResNet gives its last map")
+        x = self.vision.feature_map(images)
+        return x.reshape(len(x), -1, x.shape[-1]).astype(jnp.float32)
+
+    def text_hidden_states(
+        self, tokens: Int[Array, "B T"], layer: int = -1, final_layer_norm: bool = True
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of the text tower after `layer` blocks, in float32 (-1: the last, -2: the penultimate)."""
+        return self.text.hidden_states(tokens, layer, final_layer_norm)
 
 
 def l2_normalize(x: Float[Array, "B E"]) -> Float[Array, "B E"]:

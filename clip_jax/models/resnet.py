@@ -39,13 +39,17 @@ class ModifiedResNet(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  `images` are normalised by the model's mean and std."""
+        return self.pool(self.feature_map(images)).astype(jnp.float32)
+
+    def feature_map(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w D"]:
+        """What the attention pool sees."""
         x = images.astype(self.dtype)
         for convolution in self.stem:
             x = jax.nn.relu(convolution(x))
         x = average_pool(x)
         for block in self.blocks:
             x = block(x)
-        return self.pool(x).astype(jnp.float32)
+        return x
 
 
 class Bottleneck(nnx.Module):

@@ -32,10 +32,15 @@ class SmallResNet(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  `images` are normalised by the model's mean and std."""
+        x = self.feature_map(images)
+        return self.projection(x.mean(axis=(1, 2))).astype(jnp.float32)
+
+    def feature_map(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w D"]:
+        """What is averaged."""
         x = jax.nn.relu(self.stem(images.astype(self.dtype)))
         for block in self.blocks:
             x = block(x)
-        return self.projection(x.mean(axis=(1, 2))).astype(jnp.float32)
+        return x
 
 
 class BasicBlock(nnx.Module):

@@ -37,9 +37,17 @@ class TextTransformer(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  T is at most the context length."""
-        x = self.token_embedding[tokens] + self.position_embedding[None, : tokens.shape[1]]
-        x = x.astype(self.dtype)
         # EOT has the largest id, and argmax finds the first: right for any padding below it.
-        x = self.transformer(x, jnp.argmax(tokens, axis=1))
+        x = self.transformer(self.embed(tokens), jnp.argmax(tokens, axis=1))
         x = self.ln_final(x) @ self.projection[...].astype(x.dtype)
         return x.astype(jnp.float32)
+
+    def hidden_states(self, tokens: Int[Array, "B T"], layer: int, final_layer_norm: bool) -> Float[Array, "B T D"]:
+        """After `layer` blocks, in float32."""
+        x = self.transformer.hidden_states(self.embed(tokens), layer)
+        return (self.ln_final(x) if final_layer_norm else x).astype(jnp.float32)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first block sees."""
+        x = self.token_embedding[tokens] + self.position_embedding[None, : tokens.shape[1]]
+        return x.astype(self.dtype)

@@ -21,7 +21,6 @@ class ViT(nnx.Module):
         width, scale = config.width, config.width**-0.5
         normal = lambda *shape: scale * jax.random.normal(rngs.params(), shape)
         self.patch_size = config.patch_size
-        tokens = (config.image_size // config.patch_size) ** 2
         inputs = config.patch_size**2 * 3
         self.patch_embedding = Linear(
             inputs,
@@ -32,7 +31,7 @@ class ViT(nnx.Module):
             rngs=rngs,
         )
         self.class_embedding = nnx.Param(normal(width))
-        self.position_embedding = nnx.Param(normal(tokens + 1, width))
+        self.position_embedding = nnx.Param(normal(config.grid**2 + 1, width))
         self.ln_pre = LayerNorm(width, eps, rngs=rngs)
         self.transformer = Transformer(
             width,
@@ -51,16 +50,29 @@ class ViT(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  `images` are normalised by the model's mean and std."""
-        x = self.patch_embedding(patches(images.astype(self.dtype), self.patch_size))
-        class_token = jnp.tile(self.class_embedding[...].astype(x.dtype), (len(x), 1, 1))
-        x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...][None].astype(x.dtype)
-        x = self.transformer(self.ln_pre(x), jnp.zeros(len(x), jnp.int32))
+        x = self.embed(images)
+        x = self.transformer(x, jnp.zeros(len(x), jnp.int32))
         x = self.ln_post(x) @ self.projection[...].astype(x.dtype)
         return x.astype(jnp.float32)
 
+    def tokens(self, images: Float[Array, "B H W 3"], layer: int) -> Float[Array, "B N D"]:
+        """Hidden states after `layer` blocks, before ln_post: the class token, then the patches in reading order."""
+        return self.transformer.hidden_states(self.embed(images), layer).astype(jnp.float32)
+
+    def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
+        """What the first block sees."""
+        x = self.patch_embedding(patches(images.astype(self.dtype), self.patch_size))
+        class_token = jnp.tile(self.class_embedding[...].astype(x.dtype), (len(x), 1, 1))
+        x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...][None].astype(x.dtype)
+        return self.ln_pre(x)
+
 
 def patches(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B N P"]:
-    """Squares of `size` pixels a side, in reading order, each flattened as (row, column, channel)."""
+    """Squares of `size` pixels a side, in reading order, each flattened as (row, column, channel).
+
+    What is left of a side beyond its last whole square is dropped.
+    """
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    height, width = height // size * size, width // size * size
+    x = x[:, :height, :width].reshape(batch, height // size, size, width // size, size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)

@@ -1,0 +1,100 @@
+"""The PyTorch originals themselves, for comparison: openai/CLIP, open_clip and transformers.
+
+The only file that runs their code.  What is not installed raises ImportError, with what to install.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from clip_jax.models import CLIPConfig
+from clip_jax.models.architectures import ResNetConfig, SigLIPViTConfig
+from clip_jax.pytorch import configs
+from clip_jax.pytorch.files import StateDict
+
+
+def build(layout: str, config: CLIPConfig, state: StateDict) -> Any:
+    """The original's module with these weights, loaded strictly, in float32 and ready for inference."""
+    import torch
+
+    model = {"openai": _openai, "open_clip": _open_clip, "hf": _hf, "diffusers-text-encoder": _text_encoder}[layout](config)
+    model.load_state_dict({name: torch.from_numpy(np.array(tensor)) for name, tensor in state.items()}, strict=True)
+    return model.float().eval()
+
+
+def features(
+    layout: str, config: CLIPConfig, state: StateDict, images: jax.Array, tokens: jax.Array
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Image and text features by the original, not normalised; None for what it does not have."""
+    import torch
+
+    model = build(layout, config, state)
+    pixels = torch.from_numpy(np.asarray(images).transpose(0, 3, 1, 2).copy())
+    ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+    with torch.no_grad():
+        if layout == "diffusers-text-encoder":
+            return None, None
+        if layout == "hf":
+            return model.get_image_features(pixels).numpy(), model.get_text_features(ids).numpy()
+        return model.encode_image(pixels).numpy(), model.encode_text(ids).numpy()
+
+
+def _openai(config: CLIPConfig):
+    try:
+        from clip.model import CLIP
+    except ImportError as error:
+        raise ImportError("openai/CLIP is not installed (pip install clip-anytorch)") from error
+    vision, text = config.vision, config.text
+    resnet = isinstance(vision, ResNetConfig)
+    return CLIP(
+        config.embedding,
+        vision.image_size,
+        vision.layers,
+        vision.width,
+        None if resnet else vision.patch_size,
+        text.context_length,
+        text.vocabulary_size,
+        text.width,
+        text.heads,
+        text.layers,
+    )
+
+
+def _open_clip(config: CLIPConfig):
+    try:
+        from open_clip.model import CLIP, CustomTextCLIP
+    except ImportError as error:
+        raise ImportError("open_clip is not installed (pip install open_clip_torch)") from error
+    model = dict(configs.to_open_clip(config)["model_cfg"])
+    if not isinstance(config.vision, SigLIPViTConfig):
+        return CLIP(**model)
+    import torch
+
+    model.pop("custom_text")
+    model = CustomTextCLIP(**model)
+    # SigLIP was trained with tanh-GELU; timm's older definitions of its towers say exact GELU.
+    for module in model.visual.modules():
+        if isinstance(getattr(module, "act", None), torch.nn.GELU):
+            module.act = torch.nn.GELU(approximate="tanh")
+    return model
+
+
+def _hf(config: CLIPConfig):
+    transformers = _transformers()
+    document, _ = configs.to_hf(config)
+    kind = "Siglip" if document["model_type"] == "siglip" else "CLIP"
+    return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config").from_dict(document))
+
+
+def _text_encoder(config: CLIPConfig):
+    transformers = _transformers()
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(configs.hf_text_config(config)))
+
+
+def _transformers():
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("transformers is not installed (pip install transformers)") from error
+    return transformers
