@@ -71,4 +71,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, sys.argv[1:])
+    run_program(main, sys.argv[1:], "interrupted; the same command goes on after the last checkpoint")

@@ -8,13 +8,13 @@ class UserError(ValueError):
     """Bad input.  The programs print its message alone and exit with status 2."""
 
 
-def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a program's `main`; bad input ends it with one line and status 2."""
+def run_program(main: Callable[[list[str]], None], arguments: list[str], interrupted: str = "interrupted") -> None:
+    """Runs a program's `main`; bad input ends it with one line and status 2, and Ctrl-C with `interrupted` and 130."""
     try:
         main(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         sys.exit(130)

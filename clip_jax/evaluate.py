@@ -26,7 +26,7 @@ from clip_jax.models import CLIP
 from clip_jax.models.clip import l2_normalize
 from clip_jax.tokenizer import tokenize
 
-BATCH = 256  # pictures or texts encoded at once
+BATCH = 256  # pictures or texts encoded at once, unless told otherwise
 
 EMOJI_TEMPLATES = (
     "{}",
@@ -76,8 +76,8 @@ def load_emoji(vendor: str = "fluent", split: str = "test") -> Emoji:
 class Encoder:
     """A model's encoders over any number of pictures or texts, in batches of one size, compiled once."""
 
-    def __init__(self, model: CLIP):
-        self.config = model.config
+    def __init__(self, model: CLIP, batch_size: int = BATCH):
+        self.config, self.batch_size = model.config, batch_size
         graphdef, self.variables = nnx.split(model)
 
         @jax.jit
@@ -96,17 +96,25 @@ class Encoder:
     def images(self, pictures: list[PIL.Image.Image]) -> Float[np.ndarray, "N E"]:
         """Normalised features of pictures, preprocessed as evaluation does."""
         preprocess = images.Preprocess.of(self.config)
-        return self._batched(self._encode_images, np.stack([preprocess.pixels(picture) for picture in pictures]))
+        return self.pixels(np.stack([preprocess.pixels(picture) for picture in pictures]))
 
-    def texts(self, texts: list[str]) -> Float[np.ndarray, "N E"]:
-        """Normalised features of texts."""
-        tokens = tokenize(texts, self.config.text.context_length, truncate=True)
-        return self._batched(self._encode_texts, tokens)
+    def pixels(self, pixels: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N E"]:
+        """Normalised features of what `Preprocess.pixels` made."""
+        return self._batched(self._encode_images, pixels)
+
+    def texts(self, texts: list[str], truncate: bool = True) -> Float[np.ndarray, "N E"]:
+        """Normalised features of texts; one that is too long loses its end, or is an error."""
+        if self.config.tokenizer != "openai":
+            raise UserError(
+                f"{self.config.name}: its tokenizer is {self.config.tokenizer!r}, and only OpenAI's is there so far; "
+                "take another model for texts"
+            )
+        return self._batched(self._encode_texts, tokenize(texts, self.config.text.context_length, truncate))
 
     def _batched(self, encode: Any, rows: np.ndarray) -> Float[np.ndarray, "N E"]:
-        padding = -len(rows) % BATCH
-        padded = np.concatenate([rows, np.zeros((padding, *rows.shape[1:]), rows.dtype)])
-        features = [np.asarray(encode(self.variables, padded[i : i + BATCH])) for i in range(0, len(padded), BATCH)]
+        size = self.batch_size
+        padded = np.concatenate([rows, np.zeros((-len(rows) % size, *rows.shape[1:]), rows.dtype)])
+        features = [np.asarray(encode(self.variables, padded[i : i + size])) for i in range(0, len(padded), size)]
         return np.concatenate(features)[: len(rows)]
 
 

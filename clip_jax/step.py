@@ -74,9 +74,23 @@ def split_model(model: CLIP) -> tuple[nnx.GraphDef, Params, Params]:
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
 
+class _OneKey(nnx.Rngs):
+    """Draws the same key again and again: enough for shapes.
+
+    A true `nnx.Rngs` counts its draws in a variable, whose tracing takes time that grows with the
+    square of the number of layers, and twenty seconds for the largest models.
+    """
+
+    def __init__(self):
+        self.key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self.key
+
+
 def abstract_model(config: CLIPConfig) -> CLIP:
     """A model of shapes without values."""
-    return nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: CLIP(config, rngs=_OneKey()))
 
 
 def init_state(config: ConfigDict) -> TrainState:

@@ -23,7 +23,7 @@ def get_config():
     config.checkpoint_every = 250
     config.model = architecture("emoji")
     config.model.dtype = "float32"  # XLA's CPU compiler gains nothing from bfloat16
-    config.optimizer.learning_rate = 1.4e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 62
     config.optimizer.weight_decay = 0.1
     data = config.data

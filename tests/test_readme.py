@@ -1,5 +1,6 @@
 """What the README shows is what it does."""
 
+import dataclasses
 import pathlib
 import re
 import subprocess
@@ -7,7 +8,9 @@ import sys
 
 import numpy as np
 import PIL.Image
+from weights import SMALL, rich_weights
 
+from clip_jax import convert
 from clip_jax.data import Records
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -29,12 +32,23 @@ def test_the_example_prints_its_output():
     assert run(blocks("python")[0], ROOT) == output
 
 
+def test_a_trained_model_classifies_a_picture(tmp_path):
+    config = dataclasses.replace(SMALL["vit"], text=dataclasses.replace(SMALL["vit"].text, context_length=77))
+    convert.write("open_clip", config, rich_weights(config), tmp_path / "model")
+    PIL.Image.new("RGB", (90, 60), (200, 30, 30)).save(tmp_path / "photo.jpg")
+    (program,) = [block for block in blocks("python") if "clip_jax.load(" in block]
+    output = run(program.replace("ViT-B/32", "model"), tmp_path)
+    shares = [float(number) for number in output.strip("[]\n ").split()]
+    assert len(shares) == 2 and abs(sum(shares) - 1) < 1e-5
+
+
 def test_the_builder_makes_a_set_that_training_reads(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(3):
         PIL.Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
     (tmp_path / "pairs.csv").write_text("".join(f'{i}.jpg,"a picture, number {i}"\n' for i in range(3)))
-    run(blocks("python")[1], tmp_path)
+    (program,) = [block for block in blocks("python") if "GeneratorBasedBuilder" in block]
+    run(program, tmp_path)
     made = Records((str(tmp_path / "my_pairs" / "1.0.0"),), "train")
     assert sorted(made[i]["caption"] for i in range(len(made))) == [f"a picture, number {i}".encode() for i in range(3)]
 

@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -21,6 +22,9 @@ from clip_jax.models.siglip import SigLIPText, SigLIPViT
 from clip_jax.models.small_resnet import SmallResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import ViT
+
+Images = Float[Array, "B H W 3"] | Float[np.ndarray, "B H W 3"]
+Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, 2.5
 
@@ -53,18 +57,18 @@ class CLIP(nnx.Module):
         if config.initial_logit_bias is not None:
             self.logit_bias = nnx.Param(jnp.float32(config.initial_logit_bias))
 
-    def encode_image(self, images: Float[Array, "B H W 3"], normalize: bool = False) -> Float[Array, "B E"]:
+    def encode_image(self, images: Images, normalize: bool = False) -> Float[Array, "B E"]:
         """Image features; with `normalize`, of length one."""
-        features = self.vision(images)
+        features = self.vision(jnp.asarray(images))
         return l2_normalize(features) if normalize else features
 
-    def encode_text(self, tokens: Int[Array, "B T"], normalize: bool = False) -> Float[Array, "B E"]:
+    def encode_text(self, tokens: Tokens, normalize: bool = False) -> Float[Array, "B E"]:
         """Text features; with `normalize`, of length one."""
-        features = self.text(tokens)
+        features = self.text(jnp.asarray(tokens))
         return l2_normalize(features) if normalize else features
 
     def __call__(
-        self, images: Float[Array, "B H W 3"], tokens: Int[Array, "C T"]
+        self, images: Images, tokens: Int[Array, "C T"] | Int[np.ndarray, "C T"]
     ) -> tuple[Float[Array, "B C"], Float[Array, "C B"]]:
         """Cosine similarities, scaled, and shifted where there is a logit_bias: (logits_per_image, logits_per_text)."""
         image_features = self.encode_image(images, normalize=True)
@@ -74,22 +78,22 @@ class CLIP(nnx.Module):
             logits_per_image += self.logit_bias[...]
         return logits_per_image, logits_per_image.T
 
-    def image_tokens(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "B N D"]:
+    def image_tokens(self, images: Images, layer: int = -1) -> Float[Array, "B N D"]:
         """Hidden states of a vision transformer after `layer` blocks (-1: the last, -2: the penultimate),
         before ln_post, the class token first where there is one; or the last feature map of a ResNet.  In float32.
         """
         if isinstance(self.config.vision, ViTConfig):
-            return self.vision.tokens(images, layer)
+            return self.vision.tokens(jnp.asarray(images), layer)
         if layer != -1:
             raise UserError(f"layer {layer} of the image tower of {self.config.name}, expected -1: a ResNet gives its last map")
-        x = self.vision.feature_map(images)
+        x = self.vision.feature_map(jnp.asarray(images))
         return x.reshape(len(x), -1, x.shape[-1]).astype(jnp.float32)
 
     def text_hidden_states(
-        self, tokens: Int[Array, "B T"], layer: int = -1, final_layer_norm: bool = True
+        self, tokens: Tokens, layer: int = -1, final_layer_norm: bool = True
     ) -> Float[Array, "B T D"]:
         """Hidden states of the text tower after `layer` blocks, in float32 (-1: the last, -2: the penultimate)."""
-        return self.text.hidden_states(tokens, layer, final_layer_norm)
+        return self.text.hidden_states(jnp.asarray(tokens), layer, final_layer_norm)
 
 
 def l2_normalize(x: Float[Array, "B E"]) -> Float[Array, "B E"]:

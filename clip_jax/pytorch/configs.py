@@ -16,7 +16,6 @@ from clip_jax.models.architectures import (
     ResNetConfig,
     SigLIPTextConfig,
     SigLIPViTConfig,
-    SmallResNetConfig,
     TextConfig,
     ViTConfig,
 )

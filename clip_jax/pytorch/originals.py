@@ -44,7 +44,7 @@ def _openai(config: CLIPConfig):
     try:
         from clip.model import CLIP
     except ImportError as error:
-        raise ImportError("openai/CLIP is not installed (pip install clip-anytorch)") from error
+        raise ImportError(f"openai/CLIP cannot be imported (pip install clip-anytorch): {error}") from error
     vision, text = config.vision, config.text
     resnet = isinstance(vision, ResNetConfig)
     return CLIP(
@@ -65,7 +65,7 @@ def _open_clip(config: CLIPConfig):
     try:
         from open_clip.model import CLIP, CustomTextCLIP
     except ImportError as error:
-        raise ImportError("open_clip is not installed (pip install open_clip_torch)") from error
+        raise ImportError(f"open_clip cannot be imported (pip install open_clip_torch): {error}") from error
     model = dict(configs.to_open_clip(config)["model_cfg"])
     if not isinstance(config.vision, SigLIPViTConfig):
         return CLIP(**model)
@@ -96,5 +96,5 @@ def _transformers():
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("transformers is not installed (pip install transformers)") from error
+        raise ImportError(f"transformers cannot be imported (pip install transformers): {error}") from error
     return transformers

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+from weights import SMALL, rich_weights
+
+from clip_jax import available_models, diffusion
+from clip_jax.errors import UserError
+from clip_jax.pytorch import layouts
+
+PROMPTS = ["a photo of an astronaut", ""]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return layouts.build_model(SMALL["vit"], rich_weights(SMALL["vit"]))
+
+
+def test_every_encoder_is_a_model_that_can_be_loaded():
+    assert {preset.model for preset in diffusion.TEXT_ENCODERS.values()} <= set(available_models())
+
+
+def test_padding_is_the_pipelines_and_pooling_stays_at_the_first_end(model):
+    first, second = diffusion.prompt_tokens(PROMPTS, "sd1", 16), diffusion.prompt_tokens(PROMPTS, "sd2", 16)
+    assert (first[0, 7:] == 49407).all() and (second[0, 7:] == 0).all() and (first[:, :2] == second[:, :2]).all()
+    _, pooled = diffusion.encode_prompts(model, PROMPTS, "sd3-1")
+    np.testing.assert_allclose(pooled, model.encode_text(second), atol=6e-7)  # measured 2e-7 of values around 1
+    assert diffusion.prompt_tokens(["dog " * 100], "sd1").shape == (1, 77)
+
+
+def test_layer_norm_and_clip_skip_are_the_presets(model):
+    tokens = diffusion.prompt_tokens(PROMPTS, "sd1", 16)
+    for encoder, skip, layer, norm in (("sd1", 0, 2, True), ("sd1", 1, 1, True), ("sdxl-1", 0, 1, False), ("sdxl-1", 1, 0, False)):
+        found, _ = diffusion.encode_prompts(model, PROMPTS, encoder, skip)
+        expected = model.text_hidden_states(tokens, layer, norm)
+        np.testing.assert_allclose(found, expected, atol=4e-6, err_msg=encoder)  # measured 1.2e-6 of values up to 4
+    assert found.shape == (2, 16, 64)
+
+
+def test_an_unknown_encoder_is_named():
+    with pytest.raises(UserError, match="no text encoder 'sdxl'; did you mean sdxl-2 or sdxl-1"):
+        diffusion.prompt_tokens(PROMPTS, "sdxl")
