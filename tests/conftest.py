@@ -5,6 +5,9 @@ import os
 # Before JAX starts: sharding is tested on a laptop, and no accelerator is looked for.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of the time of these tests is compilation, a third of which is optimisation that they do not need.  The programs
+# that tests start as processes are compiled as their users' are.
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import pathlib
 import sys
