@@ -22,7 +22,7 @@ def test_padding_is_the_pipelines_and_pooling_stays_at_the_first_end(model):
     first, second = diffusion.prompt_tokens(PROMPTS, "sd1", 16), diffusion.prompt_tokens(PROMPTS, "sd2", 16)
     assert (first[0, 7:] == 49407).all() and (second[0, 7:] == 0).all() and (first[:, :2] == second[:, :2]).all()
     _, pooled = diffusion.encode_prompts(model, PROMPTS, "sd3-1")
-    np.testing.assert_allclose(pooled, model.encode_text(second), atol=6e-7)  # measured 2e-7 of values around 1
+    np.testing.assert_allclose(pooled, model.encode_text(second), atol=2.1e-6)  # measured 7.0e-7 of values up to 2.7
     assert diffusion.prompt_tokens(["dog " * 100], "sd1").shape == (1, 77)
 
 
