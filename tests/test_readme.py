@@ -1,6 +1,7 @@
 """What the README shows is what it does."""
 
 import dataclasses
+import os
 import pathlib
 import re
 import subprocess
@@ -22,7 +23,9 @@ def blocks(language: str) -> list[str]:
 
 
 def run(program: str, folder: pathlib.Path) -> str:
-    result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=200)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
