@@ -2,8 +2,8 @@
 
     WORKDIR/checkpoints/STEP/{state,data,config}
 
-`state` is the TrainState; a model that was converted has its parameters and statistics alone, at step 0.  A checkpoint appears under its name only when it is whole, so a run that
-is killed while writing loses nothing older.
+`state` is the TrainState; a model that was converted has its parameters and statistics alone, at step 0.  A checkpoint
+appears under its name only when it is whole, so a run that is killed while writing loses nothing older.
 """
 
 import pathlib

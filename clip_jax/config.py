@@ -166,6 +166,11 @@ def did_you_mean(name: str, known) -> str:
 def validate(config: ConfigDict) -> None:
     """Checks what one field cannot know of another, before anything is allocated."""
     model_config(config)
+    if config.model.tokenizer != "openai" or config.model.initial_logit_bias is not None:
+        raise UserError(
+            f"config.model {config.model.name!r} is a SigLIP, with another tokenizer and a logit_bias, and training has CLIP's "
+            "tokenizer and loss; take another architecture"
+        )
     for name in ("batch_size", "total_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
         if config[name] < 1:
             raise UserError(f"config.{name} is {config[name]}, expected at least 1")

@@ -24,7 +24,7 @@ from clip_jax.pytorch import configs, files, layouts, originals
 from clip_jax.pytorch.layouts import Weights
 from clip_jax.tokenizer import hf_tokenizer_files
 
-TARGETS = ("orbax", "openai", "open_clip", "hf", "diffusers-text-encoder")
+TARGETS = ("orbax", *layouts.LAYOUTS)
 
 
 def main(arguments: list[str]) -> None:
@@ -157,7 +157,7 @@ def verify(config: CLIPConfig, weights: Weights, places: dict[pathlib.Path, str]
             lines.append(line)
             continue
         try:
-            theirs = originals.features(layout, config, layouts.to_theirs(weights, _layout(layout, config)), images, tokens)
+            theirs = originals.features(layout, config, layouts.to_theirs(weights, layouts.LAYOUTS[layout](config)), images, tokens)
         except ImportError as error:
             lines.append(f"{line}; not run in PyTorch: {error}")
             continue
@@ -181,20 +181,11 @@ def sample_inputs(config: CLIPConfig, count: int = 4) -> tuple[jax.Array, jax.Ar
     return jax.numpy.asarray(images), jax.numpy.asarray(tokens)
 
 
-def _layout(name: str, config: CLIPConfig) -> layouts.Layout:
-    return {
-        "openai": layouts.openai_layout,
-        "open_clip": layouts.open_clip_layout,
-        "hf": layouts.hf_layout,
-        "diffusers-text-encoder": layouts.text_encoder_layout,
-    }[name](config)
-
-
 def _read_back(path: pathlib.Path, layout: str, config: CLIPConfig) -> Weights:
     if layout != "diffusers-text-encoder":
         return pretrained.read(path)[1]
     state, _ = files.read_state_dict(path / pretrained.HF_WEIGHTS[0])
-    return layouts.to_ours(state, _layout(layout, config), config, str(path))
+    return layouts.to_ours(state, layouts.LAYOUTS[layout](config), config, str(path))
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def resize(
     """The same model for another resolution or length of text, with interpolated position embeddings.
 
     Images: bicubic over the grid of patches, with antialiasing, the class token's embedding kept (open_clip
-    `pos_embed.py:resize_pos_embed`).  Text: linear.
+    `model.py:resize_pos_embed`).  Text: linear.
     """
     weights = dict(weights)
     if image_size not in (None, config.vision.image_size):
@@ -196,8 +196,8 @@ def _download(repository: str, name: str) -> pathlib.Path:
     """The folder of a hub repository in huggingface_hub's own cache; what is there is not asked for again."""
     import huggingface_hub
 
-    open_clip = (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS[0], "tokenizer.json")
-    hf = (HF_CONFIG, HF_PREPROCESSING, "model*.safetensors", "model.safetensors.index.json", "tokenizer.json")
+    open_clip = (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS[0])
+    hf = (HF_CONFIG, HF_PREPROCESSING, "model*.safetensors", "model.safetensors.index.json")
     for wanted in (open_clip,) if name in HUB else (open_clip, hf):
         try:
             folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(wanted)))
@@ -218,6 +218,8 @@ def _parse(file: pathlib.Path, interpret: Callable = lambda document, where: doc
         if not isinstance(document, dict):
             raise ValueError(f"it holds {type(document).__name__}, expected an object")
         return interpret(document, str(file))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not the configuration of a CLIP ({type(error).__name__}: {error}); copy or download it again") from error
 

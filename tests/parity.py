@@ -25,7 +25,6 @@ from clip_jax.models.architectures import ResNetConfig, SigLIPViTConfig
 from clip_jax.pytorch import layouts, originals
 from clip_jax.pytorch.layouts import Weights
 
-TABLES = {"openai": layouts.openai_layout, "open_clip": layouts.open_clip_layout, "hf": layouts.hf_layout}
 QUANTITIES = (
     "image_features",
     "text_features",
@@ -77,7 +76,7 @@ def our_outputs(config: CLIPConfig, weights: Weights, images: jax.Array, tokens:
 def their_outputs(layout: str, config: CLIPConfig, weights: Weights, images: jax.Array, tokens: jax.Array) -> Outputs:
     import torch
 
-    model = originals.build(layout, config, layouts.to_theirs(weights, TABLES[layout](config)))
+    model = originals.build(layout, config, layouts.to_theirs(weights, layouts.LAYOUTS[layout](config)))
     pixels = torch.from_numpy(np.asarray(images).transpose(0, 3, 1, 2).copy())
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     if layout == "hf":

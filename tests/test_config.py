@@ -59,6 +59,7 @@ def test_a_mistake_on_the_command_line_is_named(argument, message):
         ("data.sets", "()", "config.data.sets is empty"),
         ("data.templates", "('a picture',)", r"templates\[0\] is 'a picture', expected one \{\}"),
         ("model.text.heads", "3", "model.text.width 128 is not a multiple of model.text.heads 3"),
+        ("model.tokenizer", "siglip", "'emoji' is a SigLIP, .* training has CLIP's tokenizer and loss"),
         ("model.activation", "relu", "model.activation is 'relu', expected one of quick_gelu"),
     ],
 )

@@ -9,14 +9,13 @@ from clip_jax.models import ARCHITECTURES
 from clip_jax.models.architectures import ResNetConfig, SigLIPViTConfig, SmallResNetConfig
 from clip_jax.pytorch import configs, layouts
 
-TABLES = {"openai": layouts.openai_layout, "open_clip": layouts.open_clip_layout, "hf": layouts.hf_layout}
 EXPRESSIBLE = [(model, layout) for model, names in LAYOUTS.items() for layout in names]
 
 
 @pytest.mark.parametrize("model, layout", EXPRESSIBLE)
 def test_there_and_back_is_the_same_bits(model, layout):
     config, weights = SMALL[model], rich_weights(SMALL[model])
-    table = TABLES[layout](config)
+    table = layouts.LAYOUTS[layout](config)
     state = layouts.to_theirs(weights, table)
     back = layouts.to_ours(state, table, config, "here")
     assert back.keys() == weights.keys()

@@ -78,6 +78,9 @@ def test_what_cannot_be_loaded_says_why(tmp_path, monkeypatch):
     (folder / "config.json").write_text("[]")
     with pytest.raises(UserError, match="config.json: not the configuration of a CLIP"):
         clip_jax.load(folder)
+    (folder / "config.json").write_text('{"model_type": "blip"}')
+    with pytest.raises(UserError, match=r"^\S+/config.json: model_type is 'blip'"):
+        clip_jax.load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="expected config.json beside it, found none"):
         clip_jax.load(folder)

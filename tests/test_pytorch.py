@@ -70,7 +70,7 @@ def test_outputs_equal_the_originals(config):
 )
 def test_gradients_of_every_parameter_equal_pytorchs(name, layout, tolerance):
     config, weights = SMALL[name], rich_weights(SMALL[name])
-    table = convert._layout(layout, config)
+    table = layouts.LAYOUTS[layout](config)
     pixels, tokens = convert.sample_inputs(config, 6)
     theirs = originals.build(layout, config, layouts.to_theirs(weights, table)).train()
     unit = lambda x: x / x.norm(dim=1, keepdim=True)

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from clip_jax.models.architectures import SigLIPTextConfig, SigLIPViTConfig
+from clip_jax.models.text import TextTower
 from clip_jax.models.transformer import MLP, LayerNorm, Linear, Transformer
 from clip_jax.models.vit import patches
 
@@ -80,41 +81,17 @@ class AttentionPool(nnx.Module):
         return y + self.mlp(self.ln(y))
 
 
-class SigLIPText(nnx.Module):
+class SigLIPText(TextTower):
     """Token ids to features of the shared space."""
 
     def __init__(
-        self,
-        config: SigLIPTextConfig,
-        embedding: int,
-        activation: str,
-        eps: float,
-        dtype: jnp.dtype,
-        *,
-        rngs: nnx.Rngs,
+        self, config: SigLIPTextConfig, embedding: int, activation: str, eps: float, dtype: jnp.dtype, *, rngs: nnx.Rngs
     ):
-        width, normal = config.width, nnx.initializers.normal
-        tokens = normal(config.token_embedding_std)(rngs.params(), (config.vocabulary_size, width))
-        self.token_embedding = nnx.Param(tokens)
-        self.position_embedding = nnx.Param(normal(0.01)(rngs.params(), (config.context_length, width)))
-        self.transformer = Transformer(
-            width, config.layers, config.heads, config.mlp_ratio, activation, eps, causal=False, dtype=dtype, rngs=rngs
-        )
-        self.ln_final = LayerNorm(width, eps, rngs=rngs)
-        self.projection = Linear(width, embedding, dtype=dtype, kernel_init=normal(width**-0.5), rngs=rngs)
-        self.dtype = dtype
+        super().__init__(config, activation, eps, False, dtype, rngs=rngs)
+        init = nnx.initializers.normal(config.width**-0.5)
+        self.projection = Linear(config.width, embedding, dtype=dtype, kernel_init=init, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  T is the context length: the last token is read, padding or not."""
         last = jnp.full(len(tokens), tokens.shape[1] - 1, jnp.int32)
         return self.projection(self.ln_final(self.transformer(self.embed(tokens), last))).astype(jnp.float32)
-
-    def hidden_states(self, tokens: Int[Array, "B T"], layer: int, final_layer_norm: bool) -> Float[Array, "B T D"]:
-        """After `layer` blocks, in float32."""
-        x = self.transformer.hidden_states(self.embed(tokens), layer)
-        return (self.ln_final(x) if final_layer_norm else x).astype(jnp.float32)
-
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the first block sees."""
-        x = self.token_embedding[tokens] + self.position_embedding[None, : tokens.shape[1]]
-        return x.astype(self.dtype)

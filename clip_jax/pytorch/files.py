@@ -121,6 +121,8 @@ def _read_pickle(path: pathlib.Path) -> StateDict:
             root = entry.removesuffix("data.pkl")
             with archive.open(entry) as stream:
                 content = _Unpickler(stream, path, archive, root).load()
+    except UserError:
+        raise
     except (OSError, zipfile.BadZipFile, EOFError, KeyError, ValueError, IndexError, pickle.UnpicklingError) as error:
         with path.open("rb") as stream:
             start = stream.read(8)

@@ -366,3 +366,11 @@ def _convolution(ours: str, convolution: str, norm: str) -> list[Entry]:
         Entry(f"{ours}/norm/mean", (f"{norm}.running_mean",)),
         Entry(f"{ours}/norm/var", (f"{norm}.running_var",)),
     ]
+
+
+LAYOUTS = {
+    "openai": openai_layout,
+    "open_clip": open_clip_layout,
+    "hf": hf_layout,
+    "diffusers-text-encoder": text_encoder_layout,
+}
