@@ -16,9 +16,8 @@ import tempfile
 from typing import NoReturn
 
 import numpy as np
-import PIL.Image
 import tqdm
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32
 
 import clip_jax
 from clip_jax import images
@@ -68,24 +67,19 @@ def classify(options: argparse.Namespace) -> None:
     """Prints each picture's likeliest labels."""
     names = options.images
     encoded = [read_file(pathlib.Path(name), name) for name in names]
-    model, preprocess = clip_jax.load(options.model)
-    pixels = np.stack([read_pixels(preprocess, *picture) for picture in zip(encoded, names)])
-    text_features = Encoder(model, min(len(options.labels), BATCH)).texts(options.labels, truncate=False)
+    model, preprocess = _load(options.model)
+    pixels = np.stack([preprocess.pixels(images.decode(*picture), picture[1]) for picture in zip(encoded, names)])
+    tokenizer = clip_jax.get_tokenizer(options.model)
+    text_features = Encoder(model, min(len(options.labels), BATCH), tokenizer).texts(options.labels, truncate=False)
     image_features = Encoder(model, min(len(pixels), BATCH)).pixels(pixels)
     print(format_table(names, options.labels, probabilities(model, image_features, text_features)))
 
 
-def read_pixels(preprocess: images.Preprocess, encoded: bytes, where: str) -> UInt8[np.ndarray, "S S 3"]:
-    """What the image tower takes, from the bytes of a file."""
-    picture = images.decode(encoded, where)
-    # The short side becomes `size`: a line of 60,000 x 1 would be 13,440,000 x 224 before it is cropped.
-    resized = int(preprocess.size**2 * max(picture.size) / min(picture.size))
-    if preprocess.resize == "shortest" and resized > 2 * PIL.Image.MAX_IMAGE_PIXELS:
-        raise UserError(
-            f"{where}: {picture.width} x {picture.height} is too thin, {resized:,} pixels when its short side is "
-            f"{preprocess.size}, expected at most {2 * PIL.Image.MAX_IMAGE_PIXELS:,}; crop or remove it"
-        )
-    return preprocess.pixels(picture)
+def _load(name: str) -> tuple[CLIP, images.Preprocess]:
+    model, preprocess = clip_jax.load(name)
+    if preprocess is None:
+        raise UserError(f"--model {name}: a text encoder alone, expected a CLIP, with images and texts in one space")
+    return model, preprocess
 
 
 def probabilities(
@@ -118,11 +112,12 @@ def embed(options: argparse.Namespace) -> None:
         raise UserError(f"--batch-size {options.batch_size}, expected at least 1")
     source = Source.of(options.source)
     count = source.count()
-    model, preprocess = clip_jax.load(options.model)
+    model, preprocess = _load(options.model)
+    tokenizer = clip_jax.get_tokenizer(options.model) if source.kind == "text" else None
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.out.parent) as scratch:
-            features, names = encode(Encoder(model, min(options.batch_size, count)), preprocess, source, count)
+            features, names = encode(Encoder(model, min(options.batch_size, count), tokenizer), preprocess, source, count)
             path = os.path.abspath(os.path.expanduser(options.model))
             name = path if os.path.exists(path) else options.model
             partial = pathlib.Path(scratch) / options.out.name
@@ -149,8 +144,8 @@ def encode(
             rows = slice(len(names), len(names) + len(batch))
             names += [item.name for item, _ in batch]
             if source.kind == "image":
-                read = threads.map(lambda pair: read_pixels(preprocess, pair[1], pair[0].where), batch)
-                features[rows] = encoder.pixels(np.stack(list(read)))
+                decode = lambda item, encoded: preprocess.pixels(images.decode(encoded, item.where), item.where)
+                features[rows] = encoder.pixels(np.stack(list(threads.map(decode, *zip(*batch)))))
             else:
                 features[rows] = encoder.texts(names[rows], truncate=False)
             bar.update(len(batch))
@@ -173,13 +168,14 @@ def search(options: argparse.Namespace) -> None:
         if embedded.kind != "image":
             raise UserError(f"--sheet: {options.features} is of texts, expected one of pictures; leave --sheet out")
     name = options.model or embedded.model
-    model, _ = clip_jax.load(name)
+    model, _ = _load(name)
     if model.config.embedding != embedded.features.shape[1]:
         raise UserError(
             f"{options.features}: {embedded.features.shape[1]} numbers each, by {embedded.model}, and {name} makes "
             f"{model.config.embedding}; leave --model out, or embed again"
         )
-    cosines = embedded.features @ Encoder(model, 1).texts([options.text], truncate=False)[0]
+    encoder = Encoder(model, 1, clip_jax.get_tokenizer(name))
+    cosines = embedded.features @ encoder.texts([options.text], truncate=False)[0]
     best = np.argsort(-cosines, kind="stable")[: options.top].tolist()
     if options.sheet:
         from clip_jax.sheet import draw_sheet  # matplotlib takes half a second

@@ -47,7 +47,8 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState, config: ConfigDict) -> tuple[TrainState, dict]:
         """The newest state, laid out as `abstract_state` says, and its data position."""
         step = self.latest_step()
-        check_architecture(self.folder / str(step), _saved_config(self.manager, step), model_config(config))
+        saved = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+        check_architecture(self.folder / str(step), saved.config, model_config(config))
         items = self.manager.restore(
             step,
             args=ocp.args.Composite(
@@ -78,34 +79,51 @@ def load_model(path: str | pathlib.Path) -> tuple[CLIP, dict]:
     Args:
       path: a workdir, its folder `checkpoints`, or the folder of one step.
     """
-    folder = pathlib.Path(path).expanduser().resolve()
-    if folder.name.isdigit() and folder.parent.name == "checkpoints":
-        workdir, step = folder.parent.parent, int(folder.name)
-    else:
-        workdir, step = folder.parent if folder.name == "checkpoints" else folder, None
-    if not (workdir / "checkpoints").is_dir():
-        found = "no folder checkpoints in it" if workdir.is_dir() else "no such folder"
-        raise UserError(f"--checkpoint={path}: expected the workdir of a run, or one of its checkpoints; found {found}")
-    with ocp.CheckpointManager(
-        workdir / "checkpoints", item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
-        steps = sorted(manager.all_steps())
-        step = manager.latest_step() if step is None else step
-        if step not in steps:
-            raise UserError(f"--checkpoint={path}: found no whole checkpoint there; the steps are {steps or 'none'}")
-        config = _saved_config(manager, step)
-        graphdef, params, batch_stats = split_model(abstract_model(CLIPConfig.from_dict(config["model"])))
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-            {"params": params, "batch_stats": batch_stats},
-        )
-        # The optimizer's moments, two thirds of the bytes, stay on disk.
-        restore = ocp.args.PyTreeRestore(
-            item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
-        )
-        state = manager.restore(step, args=ocp.args.Composite(state=restore)).state
+    checkpoint = _checkpoint(path)
+    config = _restore(checkpoint, config=ocp.args.JsonRestore()).config
+    graphdef, params, batch_stats = split_model(abstract_model(CLIPConfig.from_dict(config["model"])))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        {"params": params, "batch_stats": batch_stats},
+    )
+    # The optimizer's moments, two thirds of the bytes, stay on disk.
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    state = _restore(
+        checkpoint, state=ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
+    ).state
     return nnx.merge(graphdef, state["params"], state["batch_stats"]), config
+
+
+def load_config(path: str | pathlib.Path) -> CLIPConfig:
+    """The configuration of the model that `load_model` would read."""
+    return CLIPConfig.from_dict(_restore(_checkpoint(path), config=ocp.args.JsonRestore()).config["model"])
+
+
+def _checkpoint(path: str | pathlib.Path) -> pathlib.Path:
+    """The folder of the checkpoint that is meant: this one, or the newest."""
+    folder = pathlib.Path(path).expanduser().resolve()
+    checkpoints = workdir_of(folder) / "checkpoints"
+    if not checkpoints.is_dir():
+        found = "no folder checkpoints in it" if folder.is_dir() else "no such folder"
+        raise UserError(f"--checkpoint={path}: expected the workdir of a run, or one of its checkpoints; found {found}")
+    steps = sorted(ocp.utils.checkpoint_steps(checkpoints))
+    step = int(folder.name) if folder.parent == checkpoints else max(steps, default=None)
+    if step not in steps:
+        raise UserError(f"--checkpoint={path}: found no whole checkpoint there; the steps are {steps or 'none'}")
+    return checkpoints / str(step)
+
+
+def _restore(checkpoint: pathlib.Path, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
+    """Some of the items of a checkpoint, read without a manager, which would own the folder."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(checkpoint, args=ocp.args.Composite(**items))
+
+
+def workdir_of(folder: pathlib.Path) -> pathlib.Path:
+    """The workdir of a path that is one, or its folder `checkpoints`, or a step in there."""
+    checkpoints = folder.parent if folder.name.isdigit() else folder
+    return checkpoints.parent if checkpoints.name == "checkpoints" else folder
 
 
 def save_model(folder: str | pathlib.Path, model: CLIP) -> None:
@@ -117,10 +135,6 @@ def save_model(folder: str | pathlib.Path, model: CLIP) -> None:
             config=ocp.args.JsonSave({"model": model.config.to_dict()}),
         )
         manager.save(0, args=items)
-
-
-def _saved_config(manager: ocp.CheckpointManager, step: int) -> dict:
-    return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
 
 
 def _flatten(values: dict, prefix: str = "model.") -> dict:

@@ -10,8 +10,10 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -40,7 +42,7 @@ def main(arguments: list[str]) -> None:
     source = pretrained.locate(options.source)
     config, weights, layout = pretrained.read(source)
     config, weights = pretrained.resize(config, weights, options.image_size, options.context_length)
-    write(options.to, config, weights, options.target)
+    write(options.to, config, weights, options.target, _vocabulary(config, source))
     count = sum(array.size for array in weights.values())
     print(f"{source} ({layout}, {config.name}, {count:,} numbers) -> {options.target} ({options.to})")
     if options.verify:
@@ -48,8 +50,13 @@ def main(arguments: list[str]) -> None:
         print(verify(config, weights, {options.target: options.to} | ({} if resized else {source: layout})))
 
 
-def write(target: str, config: CLIPConfig, weights: Weights, path: pathlib.Path) -> None:
-    """Writes a model as `target`.  What is there already is never touched, and a failure leaves nothing."""
+def write(
+    target: str, config: CLIPConfig, weights: Weights, path: pathlib.Path, vocabulary: Sequence[pathlib.Path] = ()
+) -> None:
+    """Writes a model as `target`, and copies the files of SigLIP's vocabulary beside it.
+
+    What is there already is never touched, and a failure leaves nothing.
+    """
     if target not in TARGETS:
         raise UserError(f"target {target!r}, expected one of {', '.join(TARGETS)}")
     if path.exists():
@@ -61,9 +68,20 @@ def write(target: str, config: CLIPConfig, weights: Weights, path: pathlib.Path)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             partial = pathlib.Path(scratch) / path.name
             WRITERS[target](config, weights, partial)
+            for file in vocabulary:
+                shutil.copyfile(file, partial / file.name)
             partial.rename(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); take another path") from error
+
+
+def _vocabulary(config: CLIPConfig, source: pathlib.Path) -> list[pathlib.Path]:
+    """SigLIP's files, if they can be had: weights are of use without them."""
+    try:
+        return [] if config.tokenizer == "openai" else pretrained.tokenizer_files(config, source)
+    except UserError as error:
+        print(f"The result will be without its vocabulary, and take token ids only. {error}", file=sys.stderr)
+        return []
 
 
 def _write_orbax(config: CLIPConfig, weights: Weights, path: pathlib.Path) -> None:
@@ -105,9 +123,9 @@ def _write_hf(config: CLIPConfig, weights: Weights, path: pathlib.Path) -> None:
 
 def _write_text_encoder(config: CLIPConfig, weights: Weights, path: pathlib.Path) -> None:
     state = layouts.to_theirs(weights, layouts.text_encoder_layout(config))
+    config = configs.text_encoder_config(config)
     path.mkdir()
-    document = {"architectures": ["CLIPTextModel"], "torch_dtype": "float32"} | configs.hf_text_config(config)
-    _write_json(path / pretrained.HF_CONFIG, document)
+    _write_json(path / pretrained.HF_CONFIG, configs.to_hf_text_encoder(config))
     _write_safetensors(path / pretrained.HF_WEIGHTS[0], state, config)
 
 
@@ -145,10 +163,14 @@ def verify(config: CLIPConfig, weights: Weights, places: dict[pathlib.Path, str]
     """
     model = layouts.build_model(dataclasses.replace(config, dtype="float32"), weights)
     images, tokens = sample_inputs(config)
-    ours = jax.jit(CLIP.encode_image)(model, images), jax.jit(CLIP.encode_text)(model, tokens)
+    ours = {
+        "images": config.vision and jax.jit(CLIP.encode_image)(model, images),
+        "texts": config.embedding and jax.jit(CLIP.encode_text)(model, tokens),
+        "hidden states": jax.jit(CLIP.text_hidden_states)(model, tokens),
+    }
     lines = []
     for path, layout in places.items():
-        found = _read_back(path, layout, config)
+        found = pretrained.read(path)[1]
         different = [name for name in found if not np.array_equal(found[name], weights[name])]
         if different:
             raise UserError(f"{path}: {len(different)} of {len(found)} tensors differ from the source, the first is {different[0]}")
@@ -162,9 +184,8 @@ def verify(config: CLIPConfig, weights: Weights, places: dict[pathlib.Path, str]
             lines.append(f"{line}; not run in PyTorch: {error}")
             continue
         errors = (
-            f"{what} {np.abs(np.asarray(a, np.float64) - b).max() / b.std():.1e}"
-            for what, a, b in zip(("images", "texts"), ours, theirs)
-            if b is not None
+            f"{what} {np.abs(np.asarray(ours[what], np.float64) - array).max() / array.std():.1e}"
+            for what, array in theirs.items()
         )
         lines.append(f"{line}; against PyTorch: {', '.join(errors)}")
     return "\n".join(lines)
@@ -173,19 +194,13 @@ def verify(config: CLIPConfig, weights: Weights, places: dict[pathlib.Path, str]
 def sample_inputs(config: CLIPConfig, count: int = 4) -> tuple[jax.Array, jax.Array]:
     """Random pictures, normalised, and tokens with their EOT at different places."""
     rng = np.random.default_rng(0)
-    side, vocabulary, length = config.vision.image_size, config.text.vocabulary_size, config.text.context_length
+    vocabulary, length = config.text.vocabulary_size, config.text.context_length
+    side = config.vision.image_size if config.vision else 1
     images = rng.standard_normal((count, side, side, 3), np.float32)
     tokens = rng.integers(1, vocabulary - 2, (count, length)).astype(np.int32)
     for row, end in enumerate(np.linspace(2, length - 1, count).astype(int)):
         tokens[row, 0], tokens[row, end], tokens[row, end + 1 :] = vocabulary - 2, vocabulary - 1, 0
     return jax.numpy.asarray(images), jax.numpy.asarray(tokens)
-
-
-def _read_back(path: pathlib.Path, layout: str, config: CLIPConfig) -> Weights:
-    if layout != "diffusers-text-encoder":
-        return pretrained.read(path)[1]
-    state, _ = files.read_state_dict(path / pretrained.HF_WEIGHTS[0])
-    return layouts.to_ours(state, layouts.LAYOUTS[layout](config), config, str(path))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ diffusers `pipelines/stable_diffusion*/pipeline_*.py:encode_prompt`.
 """
 
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
@@ -40,8 +40,9 @@ TEXT_ENCODERS = {
 
 def encode_prompts(
     model: CLIP, prompts: list[str], encoder: str, clip_skip: int = 0
-) -> tuple[Float[Array, "B T D"], Float[Array, "B E"]]:
-    """What conditions the denoiser: a hidden state for each token, and the pooled features (SDXL's second, SD 3's both).
+) -> tuple[Float[Array, "B T D"], Float[Array, "B E"] | None]:
+    """What conditions the denoiser: a hidden state for each token, and the pooled features (SDXL's second, SD 3's both),
+    None from a text encoder without projection.
 
     A prompt that is too long is cut, as the pipelines do; the empty one is a prompt like any other.
 
@@ -51,14 +52,14 @@ def encode_prompts(
         penultimate hidden state, through ln_final.
     """
     preset = _preset(encoder)
-    tokens = jnp.asarray(prompt_tokens(prompts, encoder, model.config.text.context_length))
+    tokens = prompt_tokens(prompts, encoder, model.config.text.context_length)
+    return _encode(model, tokens, preset.layer - clip_skip, preset.final_layer_norm)
 
-    @jax.jit
-    def encode(model, tokens):
-        states = model.text_hidden_states(tokens, preset.layer - clip_skip, preset.final_layer_norm)
-        return states, model.encode_text(tokens)
 
-    return encode(model, tokens)
+@functools.partial(jax.jit, static_argnames=("layer", "final_layer_norm"))
+def _encode(model: CLIP, tokens: Int32[Array, "B T"], layer: int, final_layer_norm: bool):
+    states = model.text_hidden_states(tokens, layer, final_layer_norm)
+    return states, model.encode_text(tokens) if model.config.embedding else None
 
 
 def prompt_tokens(prompts: list[str], encoder: str, context_length: int = 77) -> Int32[np.ndarray, "B T"]:

@@ -24,7 +24,7 @@ from clip_jax.data import Records, texts
 from clip_jax.errors import UserError
 from clip_jax.models import CLIP
 from clip_jax.models.clip import l2_normalize
-from clip_jax.tokenizer import tokenize
+from clip_jax.tokenizer import Tokenizer, tokenize
 
 BATCH = 256  # pictures or texts encoded at once, unless told otherwise
 
@@ -76,8 +76,12 @@ def load_emoji(vendor: str = "fluent", split: str = "test") -> Emoji:
 class Encoder:
     """A model's encoders over any number of pictures or texts, in batches of one size, compiled once."""
 
-    def __init__(self, model: CLIP, batch_size: int = BATCH):
+    def __init__(self, model: CLIP, batch_size: int = BATCH, tokenizer: Tokenizer | None = None):
+        """`tokenizer` is what `clip_jax.get_tokenizer` gives for the model; texts for a SigLIP need it."""
         self.config, self.batch_size = model.config, batch_size
+        if tokenizer is None and self.config.tokenizer == "openai":
+            tokenizer = functools.partial(tokenize, context_length=self.config.text.context_length)
+        self.tokenizer = tokenizer
         graphdef, self.variables = nnx.split(model)
 
         @jax.jit
@@ -104,12 +108,9 @@ class Encoder:
 
     def texts(self, texts: list[str], truncate: bool = True) -> Float[np.ndarray, "N E"]:
         """Normalised features of texts; one that is too long loses its end, or is an error."""
-        if self.config.tokenizer != "openai":
-            raise UserError(
-                f"{self.config.name}: its tokenizer is {self.config.tokenizer!r}, and only OpenAI's is there so far; "
-                "take another model for texts"
-            )
-        return self._batched(self._encode_texts, tokenize(texts, self.config.text.context_length, truncate))
+        if self.tokenizer is None:
+            raise UserError(f"{self.config.name}: its vocabulary comes with its weights; pass tokenizer=clip_jax.get_tokenizer(...)")
+        return self._batched(self._encode_texts, self.tokenizer(texts, truncate=truncate))
 
     def _batched(self, encode: Any, rows: np.ndarray) -> Float[np.ndarray, "N E"]:
         size = self.batch_size

@@ -65,12 +65,15 @@ class Preprocess:
         pixels = self.pixels(image).astype(np.float32) / np.float32(255)
         return (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
-    def pixels(self, image: PIL.Image.Image) -> UInt8[np.ndarray, "S S 3"]:
+    def pixels(self, image: PIL.Image.Image, where: str = "picture") -> UInt8[np.ndarray, "S S 3"]:
         """Resized, cropped to the centre, then RGB.
 
         Pixel for pixel what openai/CLIP `clip.py:_transform` does: antialiased, the long side truncated, the
         crop's offset rounded half to even, the conversion to RGB last, and no turning by EXIF.  "squash" takes
         both sides to `size` instead, as SigLIP does.
+
+        Raises:
+          UserError: the picture, which `where` names, is so thin that it would fill the memory.
         """
         resample = {"bicubic": PIL.Image.BICUBIC, "bilinear": PIL.Image.BILINEAR}[self.interpolation]
         (width, height), size = image.size, self.size
@@ -80,6 +83,13 @@ class Preprocess:
             sides = size, int(size * height / width)
         else:
             sides = int(size * width / height), size
+        # A line of 60,000 x 1 would be 13,440,000 x 224 before it is cropped.
+        pixels, limit = math.prod(sides), PIL.Image.MAX_IMAGE_PIXELS
+        if limit and pixels > 2 * limit:
+            raise UserError(
+                f"{where}: {width} x {height} is too thin, {pixels:,} pixels when its short side is {size}, "
+                f"expected at most {2 * limit:,}; crop or remove it"
+            )
         resized = image.resize(sides, resample)
         left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
         return np.asarray(resized.crop((left, top, left + size, top + size)).convert("RGB"))

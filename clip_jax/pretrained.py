@@ -5,6 +5,7 @@ a parameter that was not found is an error, never a random number.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.checkpoint import load_model
+from clip_jax.checkpoint import load_config, load_model, workdir_of
 from clip_jax.config import did_you_mean
 from clip_jax.errors import UserError
 from clip_jax.images import Preprocess
@@ -22,10 +23,14 @@ from clip_jax.models.architectures import ResNetConfig, SmallResNetConfig
 from clip_jax.pytorch import configs, files, layouts
 from clip_jax.pytorch.files import StateDict
 from clip_jax.pytorch.layouts import Weights
+from clip_jax.tokenizer import Tokenizer, tokenize
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HF_CONFIG, HF_PREPROCESSING = "config.json", "preprocessor_config.json"
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+OPEN_CLIP_FILES = (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS[0])  # what is asked of the hub
+HF_FILES = (HF_CONFIG, HF_PREPROCESSING, "model*.safetensors", "model.safetensors.index.json")
 CONFIG_IN_HEADER = "clip_jax_config"  # of the safetensors files that we write
 
 # Repositories of the Hugging Face hub that hold open_clip's files.  OpenAI's names stand alone; others are
@@ -93,12 +98,13 @@ def load(
     dtype: str = "float32",
     image_size: int | None = None,
     context_length: int | None = None,
-) -> tuple[CLIP, Preprocess]:
-    """A trained model, and what makes its input of a `PIL.Image`.
+) -> tuple[CLIP, Preprocess | None]:
+    """A trained model, and what makes its input of a `PIL.Image`; None for a text encoder alone, which has no such input.
 
     Args:
       name_or_path: a name of `available_models()`; `hf-hub:owner/repository`; or a local workdir of
-        train.py, OpenAI `.pt`, open_clip file with its open_clip_config.json, or Hugging Face folder.
+        train.py, OpenAI `.pt`, open_clip file with its open_clip_config.json, or Hugging Face folder,
+        the text encoder of a diffusion pipeline among them.
       dtype: of matrix products, "float32" or "bfloat16"; parameters are float32.
       image_size: another resolution, in pixels a side: the position embedding is interpolated.
       context_length: another number of tokens: the position embedding is interpolated.
@@ -109,7 +115,45 @@ def load(
     config, weights, _ = read(locate(name_or_path))
     config, weights = resize(config, weights, image_size, context_length)
     config = dataclasses.replace(config, dtype=dtype)
-    return layouts.build_model(config, weights), Preprocess.of(config)
+    return layouts.build_model(config, weights), Preprocess.of(config) if config.vision else None
+
+
+def get_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
+    """What makes a model's tokens of texts: `tokenizer(texts, truncate=False) -> [B, T]`, T its context length.
+
+    Args:
+      name_or_path: of the model, as `load` takes it.
+
+    Raises:
+      UserError: as `load`, or the model is a SigLIP and its vocabulary is not there.
+    """
+    path = locate(name_or_path)
+    return tokenizer_of(read_config(path), path)
+
+
+def tokenizer_of(config: CLIPConfig, path: pathlib.Path) -> Tokenizer:
+    """The tokenizer of a model whose configuration was read."""
+    if config.tokenizer == "openai":
+        return functools.partial(tokenize, context_length=config.text.context_length)
+    from clip_jax.siglip_tokenizer import SigLIPTokenizer
+
+    return SigLIPTokenizer.read(tokenizer_files(config, path)[0], config)
+
+
+def tokenizer_files(config: CLIPConfig, path: pathlib.Path) -> list[pathlib.Path]:
+    """SigLIP's vocabulary, `tokenizer.json`, first, and what transformers wants with it; beside the weights or from the hub."""
+    folder = workdir_of(path.resolve()) if _is_run(path) else path if path.is_dir() else path.parent
+    if not (folder / VOCABULARY[0]).is_file():
+        folder = _download(configs.TOKENIZERS[config.tokenizer], str(folder / VOCABULARY[0]), VOCABULARY)
+    return [folder / name for name in VOCABULARY if (folder / name).is_file()]
+
+
+def read_config(path: pathlib.Path) -> CLIPConfig:
+    """The configuration of what is at a path, without its weights where they are not needed for it."""
+    if _is_run(path):
+        return load_config(path)
+    config, _ = _config_beside(_weights_file(path))
+    return config or read(path)[0]
 
 
 def locate(name_or_path: str | pathlib.Path) -> pathlib.Path:
@@ -119,51 +163,67 @@ def locate(name_or_path: str | pathlib.Path) -> pathlib.Path:
     if path.exists():
         return path
     if name.startswith("hf-hub:"):
-        return _download(name.removeprefix("hf-hub:"), name)
+        return _download(name.removeprefix("hf-hub:"), name, OPEN_CLIP_FILES, HF_FILES)
     if name not in HUB:
         raise UserError(
             f"{name}: no such file or folder, nor a known model{did_you_mean(name, HUB)}; "
             "clip_jax.available_models() lists them, and hf-hub:owner/repository names any other"
         )
-    return _download(HUB[name], name)
+    return _download(HUB[name], name, OPEN_CLIP_FILES)
 
 
 def read(path: pathlib.Path) -> tuple[CLIPConfig, Weights, str]:
     """Configuration, weights and layout of whatever is at a path."""
-    if path.is_dir() and (path.name == "checkpoints" or path.parent.name == "checkpoints" or (path / "checkpoints").is_dir()):
+    if _is_run(path):
         model, _ = load_model(path)
         return model.config, layouts.model_weights(model), "orbax"
-    if path.is_dir():
-        file = next((path / name for name in OPEN_CLIP_WEIGHTS + HF_WEIGHTS if (path / name).is_file()), None)
-        if file is None:
-            raise UserError(
-                f"{path}: expected the workdir of a run, or a folder with one of {', '.join(OPEN_CLIP_WEIGHTS + HF_WEIGHTS)}; "
-                f"found {', '.join(sorted(f.name for f in path.iterdir())[:8]) or 'nothing'}"
-            )
-    elif path.is_file():
-        file = path
-    else:
-        raise UserError(f"{path}: no such file or folder")
+    file = _weights_file(path)
     state, about = files.read_state_dict(file)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}  # DistributedDataParallel's prefix
-    folder, where = file.parent, str(file)
-    if (folder / OPEN_CLIP_CONFIG).is_file() and file.name not in HF_WEIGHTS:
-        config = _parse(folder / OPEN_CLIP_CONFIG, configs.open_clip_config)
-        layout, state = layouts.open_clip_layout(config), _as_clip(state, config)
-    elif (folder / HF_CONFIG).is_file() and file.name in HF_WEIGHTS:
-        preprocessing = _parse(folder / HF_PREPROCESSING) if (folder / HF_PREPROCESSING).is_file() else None
-        config = _parse(folder / HF_CONFIG, lambda document, where: configs.hf_config(document, preprocessing, where))
-        layout = layouts.hf_layout(config)
-    elif "input_resolution" in state:
-        config = configs.openai_config(state, where)
-        layout = layouts.openai_layout(config)
-    else:
+    config, name = _config_beside(file)
+    if config is None and "input_resolution" in state:
+        config, name = configs.openai_config(state, str(file)), "openai"
+    if config is None:
         raise UserError(
             f"{file}: expected {HF_CONFIG if file.name in HF_WEIGHTS else OPEN_CLIP_CONFIG} beside it, found none; "
             "tensors do not tell the activation (GELU or QuickGELU) nor the preprocessing, and a wrong one spoils results in silence"
         )
-    _check_evidence(config, state, about, where)
-    return config, layouts.to_ours(state, layout, config, where), layout.name
+    if name == "open_clip":
+        state = _as_clip(state, config)
+    _check_evidence(config, state, about, str(file))
+    return config, layouts.to_ours(state, layouts.LAYOUTS[name](config), config, str(file)), name
+
+
+def _is_run(path: pathlib.Path) -> bool:
+    """Whether it is a workdir, its folder `checkpoints`, or a step in there."""
+    return path.is_dir() and (workdir_of(path.resolve()) / "checkpoints").is_dir()
+
+
+def _weights_file(path: pathlib.Path) -> pathlib.Path:
+    """The file of weights at a path, which is that file or its folder."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    names = OPEN_CLIP_WEIGHTS + HF_WEIGHTS
+    if file := next((path / name for name in names if (path / name).is_file()), None):
+        return file
+    raise UserError(
+        f"{path}: expected the workdir of a run, or a folder with one of {', '.join(names)}; "
+        f"found {', '.join(sorted(f.name for f in path.iterdir())[:8]) or 'nothing'}"
+    )
+
+
+def _config_beside(file: pathlib.Path) -> tuple[CLIPConfig | None, str]:
+    """What the files beside the weights say of them, and whose words these are."""
+    folder = file.parent
+    if (folder / OPEN_CLIP_CONFIG).is_file() and file.name not in HF_WEIGHTS:
+        return _parse(folder / OPEN_CLIP_CONFIG, configs.open_clip_config), "open_clip"
+    if (folder / HF_CONFIG).is_file() and file.name in HF_WEIGHTS:
+        preprocessing = _parse(folder / HF_PREPROCESSING) if (folder / HF_PREPROCESSING).is_file() else None
+        config = _parse(folder / HF_CONFIG, lambda document, where: configs.hf_config(document, preprocessing, where))
+        return config, "hf" if config.vision else "diffusers-text-encoder"
+    return None, ""
 
 
 def resize(
@@ -175,7 +235,9 @@ def resize(
     `model.py:resize_pos_embed`).  Text: linear.
     """
     weights = dict(weights)
-    if image_size not in (None, config.vision.image_size):
+    if image_size is not None and (config.vision is None or image_size != config.vision.image_size):
+        if config.vision is None:
+            raise UserError(f"image_size {image_size}: {config.name} is a text encoder alone, which takes no images")
         if isinstance(config.vision, (ResNetConfig, SmallResNetConfig)):
             raise UserError(f"image_size {image_size}: {config.name} is a ResNet, made for {config.vision.image_size} pixels a side")
         old, vision = config.vision.grid, dataclasses.replace(config.vision, image_size=image_size)
@@ -192,24 +254,26 @@ def resize(
     return config, weights
 
 
-def _download(repository: str, name: str) -> pathlib.Path:
-    """The folder of a hub repository in huggingface_hub's own cache; what is there is not asked for again."""
+def _download(repository: str, name: str, *choices: tuple[str, ...]) -> pathlib.Path:
+    """The folder of a hub repository in huggingface_hub's own cache; what is there is not asked for again.
+
+    The first of the `choices` of files whose first file is there is taken.
+    """
     import huggingface_hub
 
-    open_clip = (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS[0])
-    hf = (HF_CONFIG, HF_PREPROCESSING, "model*.safetensors", "model.safetensors.index.json")
-    for wanted in (open_clip,) if name in HUB else (open_clip, hf):
+    for wanted in choices:
         try:
             folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(wanted)))
         except (OSError, ValueError) as error:  # what its many errors have in common
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{name}: cannot get {repository} from the Hugging Face hub and its cache does not hold it ({reason}); where there "
-                f"is a network run `hf download {repository}`, then copy the cache or pass the folder"
+                f"is a network run `hf download {repository}`, then copy the cache, or the folder that it prints"
             ) from error
         if (folder / wanted[0]).is_file():
             return folder
-    raise UserError(f"{name}: {repository} has neither {OPEN_CLIP_CONFIG} nor {HF_CONFIG}; expected a CLIP or SigLIP")
+    found = ", ".join(sorted(f.name for f in folder.iterdir())) or "nothing"
+    raise UserError(f"{name}: expected {' or '.join(wanted[0] for wanted in choices)} in {repository} of the hub; found {found}")
 
 
 def _parse(file: pathlib.Path, interpret: Callable = lambda document, where: document):

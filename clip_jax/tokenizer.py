@@ -4,10 +4,10 @@ The order of operations is OpenAI's (openai/CLIP `clip/simple_tokenizer.py`): me
 undo HTML escapes, collapse white space, lower-case, split with a regular expression, and merge byte
 pairs within each piece.
 
-It is plain Python with a cache of pieces.  The Rust `tokenizers` library, given the same cleaned text,
-pattern and merges, took twice as long for the ASCII strings of tests/golden/tokens.jsonl.gz (68,000
-against 146,000 a second on one core), splits by Unicode tables of its own, and differed on 279 of the
-3,977 golden strings, all of them with a special token written out.
+It is plain Python with a cache of words (benchmarks/tokenizer.py).  The Rust `tokenizers` library, given the
+same cleaned text, pattern and merges, took more than twice as long for the ASCII strings of
+tests/golden/tokens.jsonl.gz, splits by Unicode tables of its own, and differed on 279 of 3,977 golden
+strings, all of them with a special token written out.
 """
 
 import functools
@@ -15,6 +15,7 @@ import gzip
 import html
 import importlib.resources
 import json
+from collections.abc import Callable
 
 import ftfy
 import numpy as np
@@ -22,6 +23,8 @@ import regex
 from jaxtyping import Int32
 
 from clip_jax.errors import UserError
+
+Tokenizer = Callable[..., Int32[np.ndarray, "B T"]]  # (texts, truncate=False)
 
 CONTEXT_LENGTH = 77
 VOCABULARY_SIZE = 49408
@@ -40,6 +43,7 @@ _PIECES = regex.compile(
     regex.IGNORECASE,
 )
 _SPACES = regex.compile(r"\s+")
+_ESCAPE = regex.compile(r"&[^ ]")  # the start of one, or of nothing
 
 
 def tokenize(
@@ -72,7 +76,10 @@ def tokenize(
 
 def encode(text: str) -> list[int]:
     """The ids of a text of any length, without SOT and EOT."""
-    return [i for piece in _PIECES.findall(clean(text)) for i in _piece_ids(piece)]
+    ids = []
+    for word in clean(text).split(" "):
+        ids += _word_ids(word)
+    return ids
 
 
 def decode(ids: list[int]) -> str:
@@ -84,14 +91,30 @@ def decode(ids: list[int]) -> str:
 
 
 def clean(text: str) -> str:
-    """Mended, unescaped, with single spaces, in lower case."""
-    # ASCII without these characters has nothing to mend or unescape, and mending is most of the cost.
-    if not text.isascii() or "&" in text or not text.isprintable():
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return _SPACES.sub(" ", text.strip()).strip().lower()
+    """Mended, with single spaces, in lower case."""
+    if _is_plain(text):
+        return " ".join(text.lower().split())
+    return _SPACES.sub(" ", mend(text).strip()).strip().lower()
 
 
-@functools.lru_cache(maxsize=2**16)
+def mend(text: str) -> str:
+    """Encoding errors undone, and HTML escapes, twice."""
+    if _is_plain(text):
+        return text
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def _is_plain(text: str) -> bool:
+    """Whether there is nothing to mend: printable ASCII without an escape.  Mending is most of the cost."""
+    return text.isascii() and text.isprintable() and ("&" not in text or not _ESCAPE.search(text))
+
+
+@functools.lru_cache(maxsize=2**17)
+def _word_ids(word: str) -> tuple[int, ...]:
+    """Those of what stands between two spaces: no piece goes beyond."""
+    return tuple(i for piece in _PIECES.findall(word) for i in _piece_ids(piece))
+
+
 def _piece_ids(piece: str) -> tuple[int, ...]:
     """Merges the byte pairs of one piece, lowest rank first."""
     if piece in _SPECIAL:

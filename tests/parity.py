@@ -1,6 +1,8 @@
 """How far ours is from the PyTorch originals, and they from each other.  Remakes docs/parity.md:
 
-    python tests/parity.py
+    python tests/parity.py [MODEL...]
+
+With names only their rows are measured, and the others stay.  The largest needs 24 GB of memory.
 
 Each number is the largest difference over the standard deviation of the original's array, in float32, on
 random weights that show every loss (tests/weights.py), for random pictures and texts.
@@ -23,7 +25,6 @@ from clip_jax.convert import sample_inputs
 from clip_jax.models import ARCHITECTURES, CLIPConfig
 from clip_jax.models.architectures import ResNetConfig, SigLIPViTConfig
 from clip_jax.pytorch import layouts, originals
-from clip_jax.pytorch.layouts import Weights
 
 QUANTITIES = (
     "image_features",
@@ -33,6 +34,12 @@ QUANTITIES = (
     "image_penultimate",
     "text_last",
     "text_penultimate",
+)
+# Those of one architecture at another resolution are left out, and SigLIP's of which timm has a larger brother.
+MODELS = (
+    ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
+    + ("ViT-B-32", "ViT-L-14", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")
+    + ("ViT-B-16-SigLIP", "ViT-L-16-SigLIP-256", "ViT-SO400M-14-SigLIP", "ViT-B-16-SigLIP2", "ViT-gopt-16-SigLIP2-256")
 )
 Outputs = dict[str, np.ndarray]
 
@@ -54,8 +61,8 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(np.asarray(found, np.float64) - expected).max() / expected.std())
 
 
-def our_outputs(config: CLIPConfig, weights: Weights, images: jax.Array, tokens: jax.Array) -> Outputs:
-    model = layouts.build_model(config, weights)
+def our_outputs(config: CLIPConfig, images: jax.Array, tokens: jax.Array) -> Outputs:
+    model = layouts.build_model(config, rich_weights(config))
     transformer = not isinstance(config.vision, ResNetConfig)
 
     @jax.jit
@@ -73,10 +80,11 @@ def our_outputs(config: CLIPConfig, weights: Weights, images: jax.Array, tokens:
     return {name: np.asarray(array) for name, array in run(model, images, tokens).items()}
 
 
-def their_outputs(layout: str, config: CLIPConfig, weights: Weights, images: jax.Array, tokens: jax.Array) -> Outputs:
+def their_outputs(layout: str, config: CLIPConfig, images: jax.Array, tokens: jax.Array) -> Outputs:
     import torch
 
-    model = originals.build(layout, config, layouts.to_theirs(weights, layouts.LAYOUTS[layout](config)))
+    # The weights are made anew each time, so that they are in memory once.
+    model = originals.build(layout, config, layouts.to_theirs(rich_weights(config), layouts.LAYOUTS[layout](config)))
     pixels = torch.from_numpy(np.asarray(images).transpose(0, 3, 1, 2).copy())
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     if layout == "hf":
@@ -131,12 +139,12 @@ def layouts_of(config: CLIPConfig) -> list[str]:
 def measure(config: CLIPConfig, count: int = 4) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Errors of ours against each original, and the largest of the originals among themselves."""
     config = dataclasses.replace(config, dtype="float32")
-    weights, (images, tokens) = rich_weights(config), sample_inputs(config, count)
+    images, tokens = sample_inputs(config, count)
     theirs = {}
     for layout in layouts_of(config):
-        theirs[layout] = their_outputs(layout, config, weights, images, tokens)
+        theirs[layout] = their_outputs(layout, config, images, tokens)
         gc.collect()
-    ours = our_outputs(config, weights, images, tokens)
+    ours = our_outputs(config, images, tokens)
     errors = {layout: {q: relative_error(ours[q], theirs[layout][q]) for q in ours} for layout in theirs}
     among = {
         q: max([relative_error(theirs[a][q], theirs[b][q]) for a in theirs for b in theirs if a < b], default=0.0)
@@ -156,26 +164,28 @@ def shallow(name: str, layers: int = 2) -> CLIPConfig:
     )
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     library = torchvision_without_gpu()
-    names = ["RN50", "RN101", "RN50x4", "ViT-B/32", "ViT-B/16", "ViT-B-32", "ViT-B-16-SigLIP", "ViT-L/14", "ViT-L/14@336px"]
-    names += ["ViT-L-14", "ViT-H-14", "RN50x16", "RN50x64", "ViT-g-14", "ViT-L-16-SigLIP-256", "ViT-B-16-SigLIP2"]
-    configs = [shallow(name, 8) for name in ("ViT-bigG-14", "ViT-SO400M-14-SigLIP", "ViT-gopt-16-SigLIP2-256")]
-    configs = [ARCHITECTURES[name] for name in names[:7]] + configs + [ARCHITECTURES[name] for name in names[7:]]
+    file = HERE.parent / "docs" / "parity.md"
+    rows = {}
+    for line in file.read_text().splitlines() if file.exists() and names else ():
+        if line.startswith("| ") and (name := line.split(" | ")[0][2:]) in ARCHITECTURES:
+            rows.setdefault(name, []).append(line)
     how = "Each number is" + __doc__.split("Each number is")[1].rstrip()
-    lines = ["# Parity with the PyTorch originals", "", "Made by `python tests/parity.py`.", "", how, ""]
-    lines += [f"| model | against | {' | '.join(q.replace('_', ' ') for q in QUANTITIES)} |", "|---" * (2 + len(QUANTITIES)) + "|"]
-    for config in configs:
-        errors, among = measure(config, 8 if config.vision.image_size == 224 else 2)
-        rows = errors | ({"they among themselves": among} if len(errors) > 1 else {})
-        for against, row in rows.items():
+    head = ["# Parity with the PyTorch originals", "", "Made by `python tests/parity.py`.", "", how, ""]
+    head += [f"| model | against | {' | '.join(q.replace('_', ' ') for q in QUANTITIES)} |", "|---" * (2 + len(QUANTITIES)) + "|"]
+    for name in names or MODELS:
+        config = ARCHITECTURES[name]
+        errors, among = measure(config, 8 if config.vision.width <= 1024 else 4)
+        rows[name] = []
+        for against, row in (errors | ({"they among themselves": among} if len(errors) > 1 else {})).items():
             cells = (f"{row[q]:.1e}" if q in row else "" for q in QUANTITIES)
-            lines.append(f"| {config.name} | {against} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
+            rows[name].append(f"| {name} | {against} | {' | '.join(cells)} |")
+            print(rows[name][-1], flush=True)
         # After each, for the largest take many minutes.
-        (HERE.parent / "docs" / "parity.md").write_text("\n".join(lines) + "\n")
+        file.write_text("\n".join([*head, *(line for known in MODELS for line in rows.get(known, ()))]) + "\n")
     del library
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -8,9 +9,10 @@ import pytest
 from conftest import ROOT
 from weights import LAYOUTS, SMALL, rich_weights
 
+import clip_jax
 from clip_jax import convert, pretrained
 from clip_jax.errors import UserError
-from clip_jax.pytorch import files
+from clip_jax.pytorch import configs, files, layouts
 
 # Without torch there is no .pt to write; tests/test_pytorch.py does that.
 EXPRESSIBLE = [(model, layout) for model, names in LAYOUTS.items() for layout in names if layout != "openai"]
@@ -63,6 +65,39 @@ def test_the_text_encoder_of_a_diffusion_pipeline(tmp_path):
     assert all(name.startswith("text_model.") for name in state) and len(state) == 2 + 2 * 16 + 2
     document = json.loads((tmp_path / "text_encoder" / "config.json").read_text())
     assert document["architectures"] == ["CLIPTextModel"] and document["hidden_act"] == "quick_gelu"
+
+
+@pytest.mark.parametrize("projection", [0, 32])
+def test_a_text_encoder_alone_is_a_model(projection, tmp_path):
+    whole = SMALL["vit"]
+    config = dataclasses.replace(configs.text_encoder_config(whole), embedding=projection)
+    weights = {name: array for name, array in rich_weights(whole).items() if name.startswith("text/")}
+    weights = weights if projection else {k: v for k, v in weights.items() if k != "text/projection"}
+    convert.write("orbax", config, weights, tmp_path / "first")
+    for source, target, to in (("first", "a", "diffusers-text-encoder"), ("a", "back", "orbax"), ("back", "b", "diffusers-text-encoder")):
+        convert.main([str(tmp_path / source), str(tmp_path / target), "--to", to, "--verify"])
+    document = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert document["architectures"] == ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"]
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == document
+    found = pretrained.read(tmp_path / "back")[1]
+    assert found.keys() == weights.keys() and all(found[name].tobytes() == weights[name].tobytes() for name in weights)
+
+    model, preprocess = clip_jax.load(tmp_path / "back")
+    tokens = clip_jax.get_tokenizer(tmp_path / "back")(["a dog"])
+    complete = layouts.build_model(whole, rich_weights(whole))
+    assert preprocess is None and (model.text_hidden_states(tokens) == complete.text_hidden_states(tokens)).all()
+    if projection:
+        assert (model.encode_text(tokens) == complete.encode_text(tokens)).all()
+    else:
+        with pytest.raises(UserError, match="text-encoder: its text encoder has no projection; take text_hidden_states"):
+            model.encode_text(tokens)
+    with pytest.raises(UserError, match="text-encoder: a text encoder alone takes no images"):
+        model.encode_image(np.zeros((1, 32, 32, 3), np.float32))
+    with pytest.raises(UserError, match="image_size 64: text-encoder is a text encoder alone"):
+        clip_jax.load(tmp_path / "back", image_size=64)
+    for target in ("openai", "open_clip", "hf"):
+        with pytest.raises(UserError, match=f"text-encoder is a text encoder alone, which {target} cannot express"):
+            convert.main([str(tmp_path / "back"), str(tmp_path / "refused.pt"), "--to", target])
 
 
 def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path):

@@ -90,7 +90,7 @@ def test_a_configuration_that_contradicts_itself_or_has_more_than_clip_is_refuse
     document["vision_config"]["hidden_act"] = "gelu"
     with pytest.raises(UserError, match="vision_config.hidden_act is 'gelu' and text_config.hidden_act is 'quick_gelu'"):
         configs.hf_config(document, preprocessing, "config.json")
-    with pytest.raises(UserError, match="model_type is 'blip', expected clip or siglip"):
+    with pytest.raises(UserError, match="model_type is 'blip', expected clip, clip_text_model, or siglip"):
         configs.hf_config(document | {"model_type": "blip"}, preprocessing, "config.json")
     coca = configs.to_open_clip(SMALL["vit"])
     coca["model_cfg"]["multimodal_cfg"] = {}

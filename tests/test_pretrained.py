@@ -30,7 +30,7 @@ def test_load_gives_the_model_and_its_own_preprocessing(name, layout, tmp_path):
     side = config.vision.image_size
     red = [(value - mean) / std for value, mean, std in zip((1, 0, 0), config.image_mean, config.image_std)]
     assert pixels.shape == (side, side, 3) and pixels.dtype == np.float32
-    np.testing.assert_allclose(pixels[0, 0], red, rtol=1e-6)  # measured 1.1e-7
+    np.testing.assert_allclose(pixels[0, 0], red, rtol=3.3e-7)  # measured 1.1e-7
     tokens = clip_jax.tokenize(["a dog", "a red square"], config.text.context_length) % config.text.vocabulary_size
     per_image, per_text = jax.jit(CLIP.__call__)(model, pixels[None], tokens)
     assert per_image.shape == (1, 2) and per_text.shape == (2, 1)
@@ -132,9 +132,9 @@ def test_position_embeddings_are_interpolated_for_another_size():
     assert (larger.vision.image_size, larger.text.context_length) == (64, 32)
     grid = resized["vision/position_embedding"][1:].reshape(8, 8, -1)
     yy, xx = (np.mgrid[0:8, 0:8] - 0.5) / 2
-    np.testing.assert_allclose(grid[3:5, 3:5, 0], (xx + 2 * yy)[3:5, 3:5], atol=2e-6)  # measured 4.8e-7 of 5
+    np.testing.assert_array_equal(grid[3:5, 3:5, 0], (xx + 2 * yy)[3:5, 3:5])
     assert (resized["vision/position_embedding"][0] == weights["vision/position_embedding"][0]).all()
-    np.testing.assert_allclose(resized["text/position_embedding"][1:-1, 0], (np.arange(32) - 0.5)[1:-1] / 2, atol=3e-6)
+    np.testing.assert_array_equal(resized["text/position_embedding"][1:-1, 0], (np.arange(32) - 0.5)[1:-1] / 2)
     assert layouts.build_model(larger, resized).config == larger
     with pytest.raises(UserError, match="small-resnet is a ResNet, made for 64 pixels a side"):
         pretrained.resize(SMALL["resnet"], rich_weights(SMALL["resnet"]), 128, None)

@@ -7,7 +7,9 @@ Errors are the largest difference over the standard deviation of the original's 
 """
 
 import dataclasses
+import gzip
 import io
+import json
 import random
 import types
 
@@ -16,6 +18,8 @@ import numpy as np
 import PIL.Image
 import pytest
 from parity import measure, relative_error, shallow, torchvision_without_gpu
+from test_tokenizer import GOLDEN
+from vocabulary import write_vocabulary
 from weights import LAYOUTS, SMALL, rich_weights
 
 import clip_jax
@@ -24,6 +28,7 @@ from clip_jax.losses import clip_loss
 from clip_jax.models import ARCHITECTURES, CLIP
 from clip_jax.models.architectures import ResNetConfig
 from clip_jax.pytorch import configs, files, layouts, originals
+from clip_jax.siglip_tokenizer import SigLIPTokenizer
 from clip_jax.step import split_model
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; tests/pytorch.txt lists what these tests need")
@@ -35,9 +40,10 @@ def torchvision():
     yield torchvision_without_gpu()
 
 
-# What the originals reach among themselves, three times: facts of docs/parity.md.
+# Measured, the largest of these models: 6.5e-6, 5.8e-6 and 9.8e-6; 2.9e-6, 4.3e-6 and 9.4e-5; hidden states 8.2e-6,
+# a ResNet's last map 9.0e-6.  The originals differ among themselves by a half of that (docs/parity.md).
 VIT = {"image_features": 9e-6, "text_features": 9e-6, "logits": 1.5e-5}
-RESNET = {"image_features": 1.5e-4, "text_features": 9e-6, "logits": 2e-4}
+RESNET = {"image_features": 8.7e-6, "text_features": 9e-6, "logits": 2e-4, "image_last": 2.7e-5}
 HIDDEN = 1.2e-5
 
 
@@ -56,12 +62,10 @@ HIDDEN = 1.2e-5
     ids=lambda config: config.name,
 )
 def test_outputs_equal_the_originals(config):
-    resnet = isinstance(config.vision, ResNetConfig)
-    tolerances = RESNET if resnet else VIT
+    tolerances = RESNET if isinstance(config.vision, ResNetConfig) else VIT
     for against, errors in measure(config, count=2)[0].items():
         for quantity, error in errors.items():
-            hidden = 5e-4 if resnet and quantity.startswith("image") else HIDDEN
-            assert error < tolerances.get(quantity, hidden), (against, quantity, error)
+            assert error < tolerances.get(quantity, HIDDEN), (against, quantity, error)
 
 
 # Largest error of a gradient over its root mean square, measured: 2.7e-5, 2.1e-5, 6.5e-5.
@@ -141,7 +145,7 @@ def test_what_we_write_loads_in_the_originals(tmp_path):
         }
     for name, (image_features, text_features) in found.items():
         errors = relative_error(expected[0], image_features.numpy()), relative_error(expected[1], text_features.numpy())
-        assert max(errors) < 6e-6, (name, errors)  # measured 2.0e-6
+        assert max(errors) < 5.6e-6, (name, errors)  # measured 1.9e-6
 
 
 def test_the_text_encoder_and_the_tokenizer_load_in_transformers(tmp_path):
@@ -162,7 +166,7 @@ def test_the_text_encoder_and_the_tokenizer_load_in_transformers(tmp_path):
         [49406, *tokenizer.encode(text), 49407] for text in texts
     ]
     ours = layouts.build_model(config, weights).text_hidden_states(np.asarray(ids, np.int32))
-    assert relative_error(ours, found.last_hidden_state.numpy()) < 6e-6  # measured 1.9e-6
+    assert relative_error(ours, found.last_hidden_state.numpy()) < 4.8e-6  # measured 1.6e-6
 
 
 @pytest.mark.parametrize("encoder, clip_skip, index, norm", [("sd1", 0, -1, True), ("sd1", 1, -2, True), ("sdxl-1", 0, -2, False)])
@@ -183,8 +187,26 @@ def test_presets_give_what_diffusion_pipelines_take(encoder, clip_skip, index, n
         expected = output.hidden_states[index]
         expected = theirs.text_model.final_layer_norm(expected) if norm else expected
     found, pooled = diffusion.encode_prompts(layouts.build_model(config, weights), prompts, encoder, clip_skip)
-    assert relative_error(found, expected.numpy()) < 6e-6  # measured 1.8e-6
-    assert relative_error(pooled, output.text_embeds.numpy()) < 6e-6  # measured 1.3e-6
+    assert relative_error(found, expected.numpy()) < 5.5e-6  # measured 1.9e-6
+    assert relative_error(pooled, output.text_embeds.numpy()) < 4.1e-6  # measured 1.4e-6
+
+
+@pytest.mark.parametrize("kind", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+def test_the_text_encoder_of_a_pipeline_loads_here(kind, tmp_path):
+    import transformers
+
+    whole, weights = SMALL["vit"], rich_weights(SMALL["vit"])
+    theirs = getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(configs.hf_text_config(whole)))
+    state = layouts.to_theirs(weights, layouts.hf_layout(whole))
+    theirs.load_state_dict({k: torch.from_numpy(state[k]) for k in theirs.state_dict()}, strict=True)
+    theirs.save_pretrained(tmp_path / "text_encoder")
+    model, _ = clip_jax.load(tmp_path / "text_encoder")
+    ids = diffusion.prompt_tokens(["a photo of a dog", ""], "sd1", 16)
+    with torch.no_grad():
+        output = theirs.eval()(torch.from_numpy(ids.astype(np.int64)))
+    assert relative_error(model.text_hidden_states(ids), output.last_hidden_state.numpy()) < 4.1e-6  # measured 1.4e-6
+    if kind == "CLIPTextModelWithProjection":
+        assert relative_error(model.encode_text(ids), output.text_embeds.numpy()) < 2.8e-6  # measured 9.6e-7
 
 
 def test_what_they_write_loads_here(tmp_path):
@@ -272,11 +294,25 @@ def test_tokens_equal_openais_on_random_strings():
     from clip.simple_tokenizer import SimpleTokenizer
 
     openais, rng = SimpleTokenizer(), random.Random(1)
-    pieces = ["a", "The", "don't", " ", "  ", "\n", "é", "ſ", "İ", "東京", "👍🏽", "&amp;", "&lt;", "<|endoftext|>", "!", "Ã©", "1", "½", "\u200d"]
+    pieces = ["a", "The", "don't", " ", "  ", "\n", "é", "ſ", "İ", "東京", "👍🏽", "&", "& ", "&amp;", "&lt;", "<|endoftext|>", "!", "Ã©", "1", "½", "\u200d"]
     strings = ["".join(rng.choice(pieces) for _ in range(rng.randint(0, 20))) for _ in range(3000)]
     strings += ["".join(chr(rng.randrange(32, 0x2FFF)) for _ in range(rng.randint(1, 12))) for _ in range(3000)]
     wrong = [text for text in strings if openais.encode(text) != tokenizer.encode(text)]
     assert not wrong, f"{len(wrong)} of {len(strings)} differ, first {wrong[0]!r}"
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_siglips_tokens_equal_open_clips(kind, tmp_path):
+    from open_clip.tokenizer import HFTokenizer
+
+    file = write_vocabulary(tmp_path, kind)
+    theirs = HFTokenizer(str(tmp_path), context_length=16, clean="canonicalize")
+    ours = SigLIPTokenizer.read(file, dataclasses.replace(SMALL["siglip"], tokenizer=kind))
+    texts = [json.loads(line)[0] for line in gzip.decompress(GOLDEN.read_bytes()).splitlines()]
+    found, expected = ours(texts, truncate=True), theirs(texts).numpy()
+    wrong = [text for text, one, other in zip(texts, found, expected) if (one != other).any()]
+    assert not wrong, f"{len(wrong)} of {len(texts)} differ, first {wrong[0]!r}"
+    assert len(np.unique(found)) > 40  # of 55 or 56 pieces
 
 
 @pytest.mark.parametrize("size, length", [(64, 32), (24, 12), (40, 77)])
@@ -296,7 +332,7 @@ def test_resized_position_embeddings_equal_open_clips(size, length):
     _, found = pretrained.resize(config, weights, size, length)
     expected = {"vision/position_embedding": "visual.positional_embedding", "text/position_embedding": "positional_embedding"}
     for ours, theirs in expected.items():
-        assert relative_error(found[ours], state[theirs].numpy()) < 6e-6, ours
+        assert relative_error(found[ours], state[theirs].numpy()) < 3e-6, ours  # measured 1.0e-6
 
 
 def test_classification_by_name_equals_openais_readme(tmp_path):
@@ -312,4 +348,4 @@ def test_classification_by_name_equals_openais_readme(tmp_path):
         logits, _ = theirs(their_preprocess(image)[None], clip.tokenize(texts, context_length=16))
     model, preprocess = clip_jax.load(tmp_path / "model.pt")
     found, _ = jax.jit(CLIP.__call__)(model, preprocess(image)[None], clip_jax.tokenize(texts, context_length=16))
-    np.testing.assert_allclose(found, logits.numpy(), atol=9e-6)  # measured 2.9e-6 of logits around 3
+    np.testing.assert_allclose(found, logits.numpy(), atol=7.1e-6)  # measured 2.4e-6 of logits around 2

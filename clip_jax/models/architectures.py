@@ -134,7 +134,7 @@ VISION_TOWERS = (ViTConfig, SigLIPViTConfig, ResNetConfig, SmallResNetConfig)
 TEXT_TOWERS = (TextConfig, SigLIPTextConfig)
 CHOICES = {
     "activation": ("quick_gelu", "gelu", "gelu_tanh"),
-    "tokenizer": ("openai", "siglip", "siglip2"),
+    "tokenizer": ("openai", "siglip", "siglip-i18n", "siglip2"),
     "resize": ("shortest", "squash"),
     "interpolation": ("bicubic", "bilinear"),
     "dtype": ("bfloat16", "float32"),
@@ -146,14 +146,14 @@ class CLIPConfig:
     """Two towers, the space they share, and how pictures and texts enter."""
 
     name: str
-    embedding: int  # width of the shared space
-    vision: ViTConfig | SigLIPViTConfig | ResNetConfig | SmallResNetConfig
+    embedding: int  # width of the shared space; 0: texts are not projected into one
+    vision: ViTConfig | SigLIPViTConfig | ResNetConfig | SmallResNetConfig | None  # None: a text encoder alone
     text: TextConfig | SigLIPTextConfig
     activation: str = "quick_gelu"  # of transformers: or "gelu", "gelu_tanh"
     layer_norm_eps: float = 1e-5
     initial_logit_scale: float = math.log(1 / 0.07)  # a logarithm; Radford et al. 2021, 2.5
     initial_logit_bias: float | None = None  # None: there is none
-    tokenizer: str = "openai"  # or "siglip", "siglip2"
+    tokenizer: str = "openai"  # or "siglip", "siglip-i18n", "siglip2"
     resize: str = "shortest"  # the shortest side, then the centre; or "squash", both sides
     interpolation: str = "bicubic"  # or "bilinear"
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -161,6 +161,8 @@ class CLIPConfig:
     dtype: str = "bfloat16"  # of matrix products, or "float32"; parameters, norms, softmax and loss are float32
 
     def __post_init__(self):
+        if self.embedding < (self.vision is not None):
+            raise UserError(f"model.embedding is {self.embedding}, expected the width of the space that images and texts share")
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise UserError(f"model.{field} is {getattr(self, field)!r}, expected one of {', '.join(choices)}")
@@ -178,6 +180,8 @@ class CLIPConfig:
         for name in ("name", "dtype", "initial_logit_scale"):
             del values[name]
         for tower in ("vision", "text"):
+            if values[tower] is None:
+                continue
             values[tower].pop("token_embedding_std", None)
             if "mlp_ratio" in values[tower]:
                 values[tower]["mlp_ratio"] = getattr(self, tower).mlp_width
@@ -193,7 +197,7 @@ class CLIPConfig:
         """The inverse of `to_dict`; lists, as JSON has them, become tuples."""
         return cls(
             **_tuples(values)
-            | {"vision": _tower(VISION_TOWERS, values["vision"]), "text": _tower(TEXT_TOWERS, values["text"])}
+            | {"vision": values["vision"] and _tower(VISION_TOWERS, values["vision"]), "text": _tower(TEXT_TOWERS, values["text"])}
         )
 
 
@@ -234,6 +238,7 @@ def _siglip(size: str, patch: int, image_size: int, version: int = 1, multilingu
     width, layers, heads, mlp_ratio = _SIGLIP_VISION[size]
     text_width, text_layers, text_heads, text_ratio = _SIGLIP_TEXT[size]
     name = f"ViT-{size}-{patch}-SigLIP{'2' if version == 2 else ''}{'-i18n' if multilingual else ''}"
+    tokenizer = "siglip2" if version == 2 else "siglip-i18n" if multilingual else "siglip"
     first = {14: 224, 16: 224, 32: 0}[patch]  # the resolution that the name does not say
     return CLIPConfig(
         name=name if image_size == first else f"{name}-{image_size}",
@@ -244,19 +249,21 @@ def _siglip(size: str, patch: int, image_size: int, version: int = 1, multilingu
             text_layers,
             text_heads,
             context_length=16 if name == "ViT-SO400M-14-SigLIP" and image_size == first else 64,
-            vocabulary_size=256000 if version == 2 else 250000 if multilingual else 32000,
+            vocabulary_size=SIGLIP_VOCABULARIES[tokenizer],
             mlp_ratio=text_ratio,
         ),
         activation="gelu_tanh",
         layer_norm_eps=1e-6,
         initial_logit_scale=math.log(10),
         initial_logit_bias=-10.0,
-        tokenizer="siglip2" if version == 2 else "siglip",
+        tokenizer=tokenizer,
         resize="squash",
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
     )
 
+
+SIGLIP_VOCABULARIES = {"siglip": 32000, "siglip-i18n": 250000, "siglip2": 256000}
 
 # Width, layers, heads, ratio of the MLP.
 _SIGLIP_VISION = {

@@ -53,17 +53,20 @@ class CLIP(nnx.Module):
                 self.text = SigLIPText(config.text, config.embedding, activation, eps, dtype, rngs=rngs)
             case TextConfig():
                 self.text = TextTransformer(config.text, config.embedding, activation, eps, dtype, rngs=rngs)
-        self.logit_scale = nnx.Param(jnp.float32(config.initial_logit_scale))
+        if config.vision:
+            self.logit_scale = nnx.Param(jnp.float32(config.initial_logit_scale))
         if config.initial_logit_bias is not None:
             self.logit_bias = nnx.Param(jnp.float32(config.initial_logit_bias))
 
     def encode_image(self, images: Images, normalize: bool = False) -> Float[Array, "B E"]:
         """Image features; with `normalize`, of length one."""
-        features = self.vision(jnp.asarray(images))
+        features = self._image_tower()(jnp.asarray(images))
         return l2_normalize(features) if normalize else features
 
     def encode_text(self, tokens: Tokens, normalize: bool = False) -> Float[Array, "B E"]:
         """Text features; with `normalize`, of length one."""
+        if not self.config.embedding:
+            raise UserError(f"{self.config.name}: its text encoder has no projection; take text_hidden_states")
         features = self.text(jnp.asarray(tokens))
         return l2_normalize(features) if normalize else features
 
@@ -82,11 +85,12 @@ class CLIP(nnx.Module):
         """Hidden states of a vision transformer after `layer` blocks (-1: the last, -2: the penultimate),
         before ln_post, the class token first where there is one; or the last feature map of a ResNet.  In float32.
         """
+        tower = self._image_tower()
         if isinstance(self.config.vision, ViTConfig):
-            return self.vision.tokens(jnp.asarray(images), layer)
+            return tower.tokens(jnp.asarray(images), layer)
         if layer != -1:
             raise UserError(f"layer {layer} of the image tower of {self.config.name}, expected -1: a ResNet gives its last map")
-        x = self.vision.feature_map(jnp.asarray(images))
+        x = tower.feature_map(jnp.asarray(images))
         return x.reshape(len(x), -1, x.shape[-1]).astype(jnp.float32)
 
     def text_hidden_states(
@@ -94,6 +98,11 @@ class CLIP(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Hidden states of the text tower after `layer` blocks, in float32 (-1: the last, -2: the penultimate)."""
         return self.text.hidden_states(jnp.asarray(tokens), layer, final_layer_norm)
+
+    def _image_tower(self) -> nnx.Module:
+        if self.config.vision is None:
+            raise UserError(f"{self.config.name}: a text encoder alone takes no images; load a whole CLIP")
+        return self.vision
 
 
 def l2_normalize(x: Float[Array, "B E"]) -> Float[Array, "B E"]:

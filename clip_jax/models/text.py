@@ -42,8 +42,9 @@ class TextTransformer(TextTower):
         self, config: TextConfig, embedding: int, activation: str, eps: float, dtype: jnp.dtype, *, rngs: nnx.Rngs
     ):
         super().__init__(config, activation, eps, True, dtype, rngs=rngs)
-        init = nnx.initializers.normal(config.width**-0.5)
-        self.projection = nnx.Param(init(rngs.params(), (config.width, embedding)))
+        if embedding:
+            init = nnx.initializers.normal(config.width**-0.5)
+            self.projection = nnx.Param(init(rngs.params(), (config.width, embedding)))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  T is at most the context length."""

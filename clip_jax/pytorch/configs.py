@@ -13,6 +13,7 @@ from typing import Any
 from clip_jax.errors import UserError
 from clip_jax.models import ARCHITECTURES, CLIPConfig
 from clip_jax.models.architectures import (
+    SIGLIP_VOCABULARIES,
     ResNetConfig,
     SigLIPTextConfig,
     SigLIPViTConfig,
@@ -26,6 +27,8 @@ Json = dict[str, Any]
 HALF = (0.5, 0.5, 0.5)
 HF_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 PIL_RESAMPLING = {2: "bilinear", 3: "bicubic"}
+# Repositories of the hub that hold SigLIP's, as open_clip's own configurations name them.
+TOKENIZERS = {"siglip": "timm/ViT-B-16-SigLIP", "siglip-i18n": "timm/ViT-B-16-SigLIP-i18n-256", "siglip2": "timm/ViT-B-16-SigLIP2"}
 TIMM_SIZES = {"base": 768, "large": 1024, "so400m": 1152, "giantopt": 1536}  # name: width
 
 
@@ -103,7 +106,7 @@ def open_clip_config(document: Json, where: str) -> CLIPConfig:
         layer_norm_eps=eps,
         initial_logit_scale=scale if scale is not None else math.log(10 if siglip else 1 / 0.07),
         initial_logit_bias=bias,
-        tokenizer="openai" if not siglip else "siglip2" if text_config.vocabulary_size == 256000 else "siglip",
+        tokenizer=_siglip_tokenizer(text_config) if siglip else "openai",
     )
     return named(_open_clip_preprocessing(config, document.get("preprocess_cfg"), where))
 
@@ -135,7 +138,7 @@ def to_open_clip(config: CLIPConfig) -> Json:
                 "timm_proj": "none",
             }
             text_cfg |= {
-                "hf_tokenizer_name": _SIGLIP_TOKENIZERS[config.tokenizer],
+                "hf_tokenizer_name": TOKENIZERS[config.tokenizer],
                 "tokenizer_kwargs": {"clean": "canonicalize"},
                 "no_causal_mask": True,
                 "proj_bias": True,
@@ -178,8 +181,10 @@ def to_open_clip(config: CLIPConfig) -> Json:
 def hf_config(document: Json, preprocessing: Json | None, where: str) -> CLIPConfig:
     """From transformers' `config.json` and `preprocessor_config.json`."""
     kind = document.get("model_type")
+    if kind == "clip_text_model":
+        return _hf_text_encoder_config(document, where)
     if kind not in ("clip", "siglip"):
-        raise UserError(f"{where}: model_type is {kind!r}, expected clip or siglip of one fixed resolution")
+        raise UserError(f"{where}: model_type is {kind!r}, expected clip, clip_text_model, or siglip of one fixed resolution")
     siglip = kind == "siglip"
     vision, text = (_HF_DEFAULTS[kind][t] | _take(document, f"{t}_config", where) for t in ("vision", "text"))
     for name in ("hidden_act", "layer_norm_eps"):
@@ -188,25 +193,21 @@ def hf_config(document: Json, preprocessing: Json | None, where: str) -> CLIPCon
                 f"{where}: vision_config.{name} is {vision[name]!r} and text_config.{name} is {text[name]!r}; "
                 "no CLIP was trained so, mend the one that is wrong"
             )
-    if text["hidden_act"] not in HF_ACTIVATIONS:
-        raise UserError(f"{where}: hidden_act is {text['hidden_act']!r}, expected one of {', '.join(HF_ACTIVATIONS)}")
-    tower = lambda t: (t["hidden_size"], t["num_hidden_layers"], t["num_attention_heads"])
-    image_size, patch = vision["image_size"], vision["patch_size"]
-    vision_config = (SigLIPViTConfig if siglip else ViTConfig)(image_size, patch, *tower(vision), _ratio(vision))
-    text_config = (SigLIPTextConfig if siglip else TextConfig)(
-        *tower(text), text["max_position_embeddings"], text["vocab_size"], _ratio(text)
-    )
+    activation = _hf_activation(text, where)
+    size = vision["image_size"], vision["patch_size"]
+    vision_config = (SigLIPViTConfig if siglip else ViTConfig)(*size, *_hf_sizes(vision), _ratio(vision))
+    text_config = _hf_text(text, SigLIPTextConfig if siglip else TextConfig)
     embedding = vision["hidden_size"] if siglip else document.get("projection_dim", 512)
     config = CLIPConfig(
         "custom",
         embedding,
         vision_config,
         text_config,
-        activation=HF_ACTIVATIONS[text["hidden_act"]],
+        activation=activation,
         layer_norm_eps=text["layer_norm_eps"],
         initial_logit_scale=math.log(10) if siglip else CLIPConfig.initial_logit_scale,
         initial_logit_bias=-10.0 if siglip else None,
-        tokenizer="openai" if not siglip else "siglip2" if text["vocab_size"] == 256000 else "siglip",
+        tokenizer=_siglip_tokenizer(text_config) if siglip else "openai",
         **({"resize": "squash", "image_mean": HALF, "image_std": HALF} if siglip else {}),
     )
     if preprocessing is None:
@@ -221,6 +222,34 @@ def hf_config(document: Json, preprocessing: Json | None, where: str) -> CLIPCon
             resize="shortest" if preprocessing.get("do_center_crop") else "squash",
         )
     )
+
+
+def _hf_text_encoder_config(document: Json, where: str) -> CLIPConfig:
+    """From the `config.json` of a CLIPTextModel, or of a CLIPTextModelWithProjection."""
+    text = _HF_DEFAULTS["clip"]["text"] | {"projection_dim": 512} | document
+    projected = "CLIPTextModelWithProjection" in document.get("architectures", ())
+    return CLIPConfig(
+        "text-encoder",
+        text["projection_dim"] if projected else 0,
+        None,
+        _hf_text(text, TextConfig),
+        activation=_hf_activation(text, where),
+        layer_norm_eps=text["layer_norm_eps"],
+    )
+
+
+def text_encoder_config(config: CLIPConfig) -> CLIPConfig:
+    """The text tower alone, without projection unless it is alone already."""
+    embedding = 0 if config.vision else config.embedding
+    return CLIPConfig(
+        "text-encoder", embedding, None, config.text, config.activation, config.layer_norm_eps, dtype=config.dtype
+    )
+
+
+def to_hf_text_encoder(config: CLIPConfig) -> Json:
+    """The inverse of `hf_config` for a text encoder alone."""
+    name = "CLIPTextModelWithProjection" if config.embedding else "CLIPTextModel"
+    return {"architectures": [name], "torch_dtype": "float32"} | hf_text_config(config)
 
 
 def to_hf(config: CLIPConfig) -> tuple[Json, Json]:
@@ -285,7 +314,24 @@ def named(config: CLIPConfig) -> CLIPConfig:
     return config
 
 
-_SIGLIP_TOKENIZERS = {"siglip": "timm/ViT-B-16-SigLIP", "siglip2": "timm/ViT-B-16-SigLIP2"}
+def _hf_sizes(tower: Json) -> tuple[int, int, int]:
+    return tower["hidden_size"], tower["num_hidden_layers"], tower["num_attention_heads"]
+
+
+def _hf_text(text: Json, kind: type[TextConfig]) -> TextConfig:
+    return kind(*_hf_sizes(text), text["max_position_embeddings"], text["vocab_size"], _ratio(text))
+
+
+def _hf_activation(tower: Json, where: str) -> str:
+    if tower["hidden_act"] not in HF_ACTIVATIONS:
+        raise UserError(f"{where}: hidden_act is {tower['hidden_act']!r}, expected one of {', '.join(HF_ACTIVATIONS)}")
+    return HF_ACTIVATIONS[tower["hidden_act"]]
+
+
+def _siglip_tokenizer(text: TextConfig) -> str:
+    """Which of them it is, by the size of its vocabulary; SigLIP's first for one that nobody published."""
+    return {size: name for name, size in SIGLIP_VOCABULARIES.items()}.get(text.vocabulary_size, "siglip")
+
 
 # What transformers leaves out of a config.json when it has its default.
 _HF_DEFAULTS = {

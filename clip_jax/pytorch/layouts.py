@@ -182,8 +182,8 @@ def openai_layout(config: CLIPConfig) -> Layout:
 def open_clip_layout(config: CLIPConfig) -> Layout:
     """open_clip's: as OpenAI's, and for SigLIP a tower of timm's beside a text tower of its own."""
     if not isinstance(config.vision, SigLIPViTConfig):
-        layout = openai_layout(config)
-        return dataclasses.replace(layout, name="open_clip")
+        _expect_clip("open_clip", config)
+        return dataclasses.replace(openai_layout(config), name="open_clip")
     entries = [
         Entry("vision/patch_embedding/kernel", ("visual.trunk.patch_embed.proj.weight",), PATCHES),
         Entry("vision/patch_embedding/bias", ("visual.trunk.patch_embed.proj.bias",)),
@@ -229,15 +229,22 @@ def hf_layout(config: CLIPConfig) -> Layout:
 
 
 def text_encoder_layout(config: CLIPConfig) -> Layout:
-    """transformers' CLIPTextModel, which diffusion pipelines condition on: the text tower without projection."""
+    """transformers' CLIPTextModel, which diffusion pipelines condition on: the text tower without projection.
+
+    What is a text tower alone already keeps its projection, and is a CLIPTextModelWithProjection.
+    """
     _expect_clip("diffusers-text-encoder", config)
-    return Layout("diffusers-text-encoder", _hf_text(config), r".*\.position_ids")
+    projected = config.vision is None and config.embedding
+    projection = [Entry("text/projection", ("text_projection.weight",), LINEAR)] if projected else []
+    return Layout("diffusers-text-encoder", _hf_text(config) + projection, r".*\.position_ids")
 
 
 def _expect_clip(layout: str, config: CLIPConfig) -> None:
     """Refuses what the layout has no names for."""
     if isinstance(config.text, SigLIPTextConfig):
         raise UserError(f"the layout {layout} cannot express SigLIP ({config.name}); take open_clip or hf")
+    if config.vision is None and layout != "diffusers-text-encoder":
+        raise UserError(f"{config.name} is a text encoder alone, which {layout} cannot express; take orbax or diffusers-text-encoder")
     if isinstance(config.vision, SmallResNetConfig) and layout != "diffusers-text-encoder":
         raise UserError(
             f"no PyTorch library has the image tower of {config.name} (SmallResNet), so {layout} cannot express it; "

@@ -19,14 +19,16 @@ def build(layout: str, config: CLIPConfig, state: StateDict) -> Any:
     import torch
 
     model = {"openai": _openai, "open_clip": _open_clip, "hf": _hf, "diffusers-text-encoder": _text_encoder}[layout](config)
-    model.load_state_dict({name: torch.from_numpy(np.array(tensor)) for name, tensor in state.items()}, strict=True)
+    # The largest have 10 GB: these arrays become the parameters, without a copy.
+    tensors = {name: torch.from_numpy(np.require(tensor, requirements="W")) for name, tensor in state.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model.float().eval()
 
 
 def features(
     layout: str, config: CLIPConfig, state: StateDict, images: jax.Array, tokens: jax.Array
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Image and text features by the original, not normalised; None for what it does not have."""
+) -> dict[str, np.ndarray]:
+    """Features of "images" and "texts" by the original, not normalised; of a text encoder its last "hidden states"."""
     import torch
 
     model = build(layout, config, state)
@@ -34,10 +36,10 @@ def features(
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     with torch.no_grad():
         if layout == "diffusers-text-encoder":
-            return None, None
+            return {"hidden states": model(ids).last_hidden_state.numpy()}
         if layout == "hf":
-            return model.get_image_features(pixels).numpy(), model.get_text_features(ids).numpy()
-        return model.encode_image(pixels).numpy(), model.encode_text(ids).numpy()
+            return {"images": model.get_image_features(pixels).numpy(), "texts": model.get_text_features(ids).numpy()}
+        return {"images": model.encode_image(pixels).numpy(), "texts": model.encode_text(ids).numpy()}
 
 
 def _openai(config: CLIPConfig):
@@ -89,7 +91,8 @@ def _hf(config: CLIPConfig):
 
 def _text_encoder(config: CLIPConfig):
     transformers = _transformers()
-    return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(configs.hf_text_config(config)))
+    document = configs.to_hf_text_encoder(configs.text_encoder_config(config))
+    return getattr(transformers, document["architectures"][0])(transformers.CLIPTextConfig.from_dict(document))
 
 
 def _transformers():
