@@ -20,7 +20,7 @@ from clip_jax.figures import draw_figures
 from clip_jax.memory import keep_freed_memory
 from clip_jax.metrics import MetricsLog
 from clip_jax.sharding import make_mesh, put_batch
-from clip_jax.step import make_train_step
+from clip_jax.step import loss_form, make_train_step
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "emoji.py"
 
@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> None:
     workdir = pathlib.Path(options["workdir"] or f"runs/{pathlib.Path(options['config']).stem}").expanduser()
     validate(config)
     mesh = make_mesh(config, jax.devices())
+    print(loss_form(config, mesh)[1])
 
     # Data
     batches = training_batches(config)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from clip_jax.config import model_config
 from clip_jax.errors import UserError
 from clip_jax.models import CLIP, CLIPConfig
+from clip_jax.models.architectures import EXECUTION
 from clip_jax.step import TrainState, abstract_model, split_model
 
 ITEMS = ("state", "data", "config")
@@ -66,7 +67,7 @@ def check_architecture(where: pathlib.Path, saved: dict, expected: CLIPConfig) -
     """Refuses a checkpoint whose model is not the configured one, naming the first field that differs."""
     saved_fields = _flatten(CLIPConfig.from_dict(saved["model"]).to_dict())
     for field, value in _flatten(expected.to_dict()).items():
-        if saved_fields.get(field) != value:
+        if field.removeprefix("model.") not in EXECUTION and saved_fields.get(field) != value:
             raise UserError(
                 f"checkpoint {where}: it holds another architecture, {field} is {saved_fields.get(field)!r} there "
                 f"and {value!r} in the configuration; take another --workdir, or set config.{field} as it was"

@@ -15,6 +15,11 @@ from ml_collections import ConfigDict
 from clip_jax.errors import UserError
 from clip_jax.images import Augmentation
 from clip_jax.models import ARCHITECTURES, CLIPConfig
+from clip_jax.models.architectures import ResNetConfig, SmallResNetConfig, ViTConfig
+from clip_jax.tokenizer import VOCABULARY_SIZE
+
+
+OPTIONAL = ("model.initial_logit_bias",)  # a number or None
 
 
 def default_config() -> ConfigDict:
@@ -28,7 +33,17 @@ def default_config() -> ConfigDict:
             "checkpoint_every": 1_000,  # steps
             "checkpoints_kept": 3,
             "model": architecture("ViT-B/32"),
-            "mesh": {"data": -1, "fsdp": 1},  # devices along each axis; -1: all that are left
+            "loss": {
+                "kind": "softmax",  # or "sigmoid", for a model with a logit_bias
+                "form": "auto",  # "plain" holds the similarity matrix, "ring" a block of it (losses.py)
+            },
+            # The batch is embedded in so many parts, one after the other, and the loss is over all of it: the same
+            # gradient, at the memory of one part (Gao et al. 2021, arXiv 2101.06983).
+            "microbatches": 1,
+            "patch_dropout": 0.0,  # share of an image's patches that a ViT does not see in training
+            # Devices along each axis; -1: all that are left.  A batch is split over data and fsdp, parameters and
+            # optimizer over fsdp and tensor (sharding.py).
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "optimizer": {  # AdamW; the defaults are open_clip's
                 "learning_rate": 5e-4,  # at the end of warm-up
                 "warmup_steps": 500,
@@ -132,6 +147,8 @@ def set_field(config: ConfigDict, name: str, text: str) -> None:
 
 def _parse_value(text: str, current, name: str):
     expected = type(current)
+    if name in OPTIONAL:
+        expected = type(None) if text == "None" else float
     if expected is str:
         return text
     try:
@@ -166,12 +183,36 @@ def did_you_mean(name: str, known) -> str:
 def validate(config: ConfigDict) -> None:
     """Checks what one field cannot know of another, before anything is allocated."""
     model_config(config)
-    if config.model.tokenizer != "openai" or config.model.initial_logit_bias is not None:
+    if config.model.tokenizer != "openai":
         raise UserError(
-            f"config.model {config.model.name!r} is a SigLIP, with another tokenizer and a logit_bias, and training has CLIP's "
-            "tokenizer and loss; take another architecture"
+            f"config.model.tokenizer is {config.model.tokenizer!r}, and training makes tokens with OpenAI's alone; set it to "
+            f"'openai' and config.model.text.vocabulary_size to {VOCABULARY_SIZE}, or take another architecture"
         )
-    for name in ("batch_size", "total_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
+    kind, bias = config.loss.kind, config.model.initial_logit_bias
+    for name, choices in (("kind", ("softmax", "sigmoid")), ("form", ("auto", "plain", "ring"))):
+        if config.loss[name] not in choices:
+            found = config.loss[name]
+            raise UserError(f"config.loss.{name} is {found!r}, expected {', '.join(choices)}{did_you_mean(found, choices)}")
+    if kind == "softmax" and bias is not None:
+        raise UserError(
+            f"config.model.initial_logit_bias is {bias}, and the softmax loss has no bias; "
+            "set config.loss.kind to 'sigmoid', or the bias to None"
+        )
+    if kind == "sigmoid" and bias is None:
+        raise UserError(
+            "config.loss.kind is 'sigmoid', which needs a bias; set config.model.initial_logit_bias, to -10.0 as SigLIP, and "
+            "config.model.initial_logit_scale to 2.302585, the logarithm of 10"
+        )
+    if not 0 <= config.patch_dropout < 1:
+        raise UserError(f"config.patch_dropout is {config.patch_dropout}, expected a share from 0 to below 1")
+    if config.patch_dropout and config.model.vision.pooling != ViTConfig.pooling:
+        raise UserError(f"config.patch_dropout is {config.patch_dropout}, and only a ViT has patches that can be left out; set it to 0")
+    if config.microbatches > 1 and isinstance(model_config(config).vision, (ResNetConfig, SmallResNetConfig)):
+        raise UserError(
+            f"config.microbatches is {config.microbatches}, and the BatchNorm of a ResNet takes the statistics of a whole batch, "
+            "so that parts would not give its gradient; set it to 1, or take a ViT"
+        )
+    for name in ("microbatches", "batch_size", "total_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
         if config[name] < 1:
             raise UserError(f"config.{name} is {config[name]}, expected at least 1")
     if not config.data.sets:

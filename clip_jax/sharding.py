@@ -1,6 +1,7 @@
 """Which device holds what: the mesh, and the rules by which arrays are laid out on it."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +12,25 @@ from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that split a batch
+
+# Which mesh axis splits which axis of a parameter, by its path.  "tensor" follows Megatron (Shoeybi et al. 2019, 3): the
+# first product of a pair by its outputs, the second by its inputs.
+RULES = (
+    (r"(attention/qkv|mlp/up)/kernel", ("fsdp", "tensor")),
+    (r"(attention/qkv|mlp/up)/bias", ("tensor",)),
+    (r"(attention/out|mlp/down)/kernel", ("tensor", "fsdp")),
+    (r"token_embedding", ("tensor", "fsdp")),
+)
+
 # Smaller arrays stay whole on every device: gathering them costs more than it saves.
 SHARD_FROM = 2**12  # elements
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
-    """The devices in a mesh with axes `data` and `fsdp`, checked against the batch size."""
-    sizes = {axis: config.mesh[axis] for axis in ("data", "fsdp")}
+    """The devices in a mesh with AXES, checked against the batch size."""
+    sizes = {axis: config.mesh[axis] for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -27,39 +40,61 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         raise UserError(
             f"config.mesh is {dict(config.mesh)}, but there are {len(devices)} devices; "
-            f"expected data * fsdp = {len(devices)}, such as data={len(devices)} fsdp=1"
+            f"expected data * fsdp * tensor = {len(devices)}, such as data={len(devices)} fsdp=1 tensor=1"
         )
-    if config.batch_size % len(devices):
-        lower = config.batch_size // len(devices) * len(devices) or len(devices)
+    parts, each = math.prod(sizes[axis] for axis in BATCH), config.microbatches
+    if config.batch_size % (parts * each):
+        lower = config.batch_size // (parts * each) * parts * each
+        what = f"the mesh of {parts} devices" if each == 1 else f"{each} microbatches on {parts} devices"
         raise UserError(
-            f"config.batch_size is {config.batch_size}, which the mesh of {len(devices)} devices does not divide; "
-            f"the nearest are {lower} and {lower + len(devices)}"
+            f"config.batch_size is {config.batch_size}, which {what} {'does' if each == 1 else 'do'} not divide; "
+            f"the nearest {f'are {lower} and' if lower else 'is'} {lower + parts * each}"
         )
     # Auto axes: XLA's partitioner places the collectives; explicit ones refuse `images @ texts.T`.
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis of a batch is split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """The first axis of a batch is split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """A sharding for each array of a training state.
 
-    The largest axis that `fsdp` divides is split over it.  The rule looks at shapes alone, so a
-    parameter and its two optimizer moments always lie alike.
+    By RULES; of what has no rule, the largest axis that `fsdp` divides is split over it.  A mesh axis that
+    does not divide its axis is left out.  The paths of a parameter's two optimizer moments end as its own
+    does, so that they always lie alike.
     """
 
-    def sharding(array: jax.ShapeDtypeStruct) -> NamedSharding:
-        spec = [None] * array.ndim
-        fsdp = mesh.shape["fsdp"]
-        divisible = [axis for axis, size in enumerate(array.shape) if size % fsdp == 0]
-        if fsdp > 1 and divisible and array.size >= SHARD_FROM:
-            spec[max(divisible, key=lambda axis: array.shape[axis])] = "fsdp"
+    def sharding(path: Any, array: jax.ShapeDtypeStruct) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        divides = lambda mesh_axis, axis: array.shape[axis] % mesh.shape[mesh_axis] == 0
+        rule = next((axes for pattern, axes in RULES if re.search(pattern + "$", name)), None)
+        if array.size < SHARD_FROM:
+            rule = ()
+        elif rule is None:
+            largest = max((axis for axis in range(array.ndim) if divides("fsdp", axis)), key=array.shape.__getitem__, default=-1)
+            rule = ["fsdp" if axis == largest else None for axis in range(array.ndim)]
+        spec = (mesh_axis if mesh_axis and divides(mesh_axis, axis) else None for axis, mesh_axis in enumerate(rule))
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(sharding, state)
+    return jax.tree.map_with_path(sharding, state)
+
+
+def in_microbatches(array: jax.Array, count: int, mesh: Mesh) -> jax.Array:
+    """[B, ...] as [count, B / count, ...], each with a part of every device's rows, so that nothing is sent."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    rows, rest = len(array) // (parts * count), array.shape[1:]
+    array = array.reshape(parts, count, rows, *rest).swapaxes(0, 1).reshape(count, parts * rows, *rest)
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(None, BATCH)))
+
+
+def from_microbatches(array: jax.Array, mesh: Mesh) -> jax.Array:
+    """The inverse of `in_microbatches`."""
+    parts, (count, size, *rest) = math.prod(mesh.shape[axis] for axis in BATCH), array.shape
+    array = array.reshape(count, parts, size // parts, *rest).swapaxes(0, 1).reshape(count * size, *rest)
+    return jax.lax.with_sharding_constraint(array, batch_sharding(mesh))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

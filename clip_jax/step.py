@@ -4,6 +4,8 @@ It reads from here to `losses.py` and `models/clip.py`; nothing else happens in 
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,15 +18,18 @@ from ml_collections import ConfigDict
 
 from clip_jax.config import model_config
 from clip_jax.images import normalize
-from clip_jax.losses import clip_loss
+from clip_jax.losses import PLAIN_BYTES, clip_loss, predicted_bytes, ring_clip_loss, ring_siglip_loss, siglip_loss
 from clip_jax.models import CLIP, CLIPConfig
 from clip_jax.models.clip import MAX_LOGIT_SCALE
+from clip_jax.models.vit import draw_patches
 from clip_jax.optimizer import make_optimizer, make_schedule
-from clip_jax.sharding import batch_sharding, state_shardings
+from clip_jax.sharding import BATCH, batch_sharding, from_microbatches, in_microbatches, state_shardings
 
 Batch = dict[str, UInt8[Array, "B H W 3"] | Int[Array, "B T"]]
 Metrics = dict[str, Float[Array, ""]]
 Params = dict[str, Any]  # arrays in nested dictionaries, by the names of modules
+Features = tuple[Float[Array, "B E"], Float[Array, "B E"]]  # of images and texts, of length one
+Loss = Callable[[Features, Params], Float[Array, ""]]
 
 
 class TrainState(NamedTuple):
@@ -40,21 +45,23 @@ def train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    gradients_of: Callable[[Callable, Params, Batch], tuple[Float[Array, ""], Params, Params]],
+    draw: Callable[[Int[Array, ""], Batch], Batch],
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """Forward, loss over the similarity matrix of all devices, backward, update, clamp."""
 
-    def loss_fn(params: Params):
+    def encode(params: Params, batch: Batch) -> tuple[Features, Params]:
+        """Features of images and texts, and BatchNorm's new statistics."""
         model = nnx.merge(graphdef, params, state.batch_stats)
         model.train()
         images = normalize(batch["image"], model.config.image_mean, model.config.image_std)
-        image_features = model.encode_image(images, normalize=True)
+        image_features = model.encode_image(images, normalize=True, kept_patches=batch.get("patches"))
         text_features = model.encode_text(batch["tokens"], normalize=True)
-        loss = clip_loss(image_features, text_features, jnp.exp(model.logit_scale[...]))
-        return loss, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        return (image_features, text_features), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
-    (loss, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    loss, gradients, batch_stats = gradients_of(encode, state.params, draw(state.step, batch))
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     # The paper's clip at 100 (section 2.5), after the update, so that it holds for whoever reads it.
@@ -65,7 +72,75 @@ def train_step(
         "gradient_norm": optax.tree.norm(gradients),
         "logit_scale": jnp.exp(params["logit_scale"]),
     }
+    if "logit_bias" in params:
+        metrics["logit_bias"] = params["logit_bias"]
     return TrainState(state.step + 1, params, batch_stats, optimizer_state), metrics
+
+
+def whole_batch(loss: Loss, encode: Callable, params: Params, batch: Batch) -> tuple[Float[Array, ""], Params, Params]:
+    """The loss, its gradients and new statistics, from the batch at once."""
+
+    def loss_fn(params: Params):
+        features, batch_stats = encode(params, batch)
+        return loss(features, params), batch_stats
+
+    (value, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return value, gradients, batch_stats
+
+
+def in_turn(
+    loss: Loss, count: int, mesh: Mesh, encode: Callable, params: Params, batch: Batch
+) -> tuple[Float[Array, ""], Params, Params]:
+    """What `whole_batch` gives, from `count` microbatches one after the other (Gao et al. 2021, arXiv 2101.06983).
+
+    All are embedded; the loss over all features gives their gradients; then each is embedded again, and
+    its own gradient goes on to the parameters.
+    """
+    parts = jax.tree.map(lambda x: in_microbatches(x, count, mesh), batch)
+    features = jax.lax.map(lambda part: encode(params, part)[0], parts)
+    features = jax.tree.map(lambda x: from_microbatches(x, mesh), features)
+    value, (of_features, gradients) = jax.value_and_grad(loss, argnums=(0, 1))(features, params)
+    of_features = jax.tree.map(lambda x: in_microbatches(x, count, mesh), of_features)
+
+    def replay(gradients: Params, part: tuple[Batch, Features]) -> tuple[Params, None]:
+        _, pull_back = jax.vjp(lambda params: encode(params, part[0])[0], params)
+        return jax.tree.map(jnp.add, gradients, pull_back(part[1])[0]), None
+
+    return value, jax.lax.scan(replay, gradients, (parts, of_features))[0], {}
+
+
+def loss_form(config: ConfigDict, mesh: Mesh) -> tuple[str, str]:
+    """The form of the loss that is taken, plain or ring, and a line that says why."""
+    devices, platform = math.prod(mesh.shape[axis] for axis in BATCH), mesh.devices.flat[0].platform
+    predicted = predicted_bytes(config.batch_size, config.model.embedding, devices, platform)
+    form = config.loss.form
+    if form == "auto":
+        form = "plain" if predicted["plain"] <= PLAIN_BYTES else "ring"
+    sizes = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in predicted.items())
+    return form, f"{config.loss.kind} loss in its {form} form; predicted a device: {sizes}"
+
+
+def make_loss(config: ConfigDict, mesh: Mesh) -> Loss:
+    """The loss of features, with the scale and bias that are among the parameters."""
+    kinds = {"softmax": (clip_loss, ring_clip_loss), "sigmoid": (siglip_loss, ring_siglip_loss)}
+    plain, ring = kinds[config.loss.kind]
+    form, _ = loss_form(config, mesh)
+    loss = plain if form == "plain" else functools.partial(ring, mesh=mesh, axis=BATCH)
+
+    def of(features: Features, params: Params) -> Float[Array, ""]:
+        bias = (params["logit_bias"],) if "logit_bias" in params else ()
+        return loss(*features, jnp.exp(params["logit_scale"]), *bias)
+
+    return of
+
+
+def drawn_patches(config: ConfigDict, step: Int[Array, ""], batch: Batch) -> Batch:
+    """The batch, with the patches of each image that the step sees."""
+    if not config.patch_dropout:
+        return batch
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    patches = config.model.vision.image_size // config.model.vision.patch_size
+    return batch | {"patches": draw_patches(key, jnp.arange(config.batch_size), patches**2, config.patch_dropout)}
 
 
 def split_model(model: CLIP) -> tuple[nnx.GraphDef, Params, Params]:
@@ -114,8 +189,11 @@ def make_train_step(config: ConfigDict, mesh: Mesh):
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
     )
     init = jax.jit(lambda: init_state(config), out_shardings=shardings)
+    loss, count = make_loss(config, mesh), config.microbatches
+    gradients_of = functools.partial(whole_batch, loss) if count == 1 else functools.partial(in_turn, loss, count, mesh)
+    draw = functools.partial(drawn_patches, config)
     step = jax.jit(
-        functools.partial(train_step, graphdef, make_optimizer(config), make_schedule(config)),
+        functools.partial(train_step, graphdef, make_optimizer(config), make_schedule(config), gradients_of, draw),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,

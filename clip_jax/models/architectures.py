@@ -138,7 +138,9 @@ CHOICES = {
     "resize": ("shortest", "squash"),
     "interpolation": ("bicubic", "bilinear"),
     "dtype": ("bfloat16", "float32"),
+    "remat": ("none", "dots", "full"),
 }
+EXECUTION = ("dtype", "scan_layers", "remat")  # how a model is computed, and not what it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +161,8 @@ class CLIPConfig:
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     dtype: str = "bfloat16"  # of matrix products, or "float32"; parameters, norms, softmax and loss are float32
+    scan_layers: bool = False  # a loop over the blocks of a transformer, compiled once; or all of them, one after the other
+    remat: str = "none"  # what a block keeps for its gradient: everything; "dots", its matrix products; "full", nothing
 
     def __post_init__(self):
         if self.embedding < (self.vision is not None):
@@ -174,10 +178,10 @@ class CLIPConfig:
 
     def identity(self) -> dict:
         """What two configurations of the same trained model have in common: all but the name, how it was
-        initialised, the type of its arithmetic, and in which digits a ratio is written.
+        initialised, how it is computed, and in which digits a ratio is written.
         """
         values = self.to_dict()
-        for name in ("name", "dtype", "initial_logit_scale"):
+        for name in ("name", "initial_logit_scale", *EXECUTION):
             del values[name]
         for tower in ("vision", "text"):
             if values[tower] is None:

@@ -53,14 +53,21 @@ class CLIP(nnx.Module):
                 self.text = SigLIPText(config.text, config.embedding, activation, eps, dtype, rngs=rngs)
             case TextConfig():
                 self.text = TextTransformer(config.text, config.embedding, activation, eps, dtype, rngs=rngs)
+        for tower in ("vision", "text"):
+            if hasattr(getattr(self, tower, None), "transformer"):
+                transformer = getattr(self, tower).transformer
+                transformer.scan, transformer.remat = config.scan_layers, config.remat
         if config.vision:
             self.logit_scale = nnx.Param(jnp.float32(config.initial_logit_scale))
         if config.initial_logit_bias is not None:
             self.logit_bias = nnx.Param(jnp.float32(config.initial_logit_bias))
 
-    def encode_image(self, images: Images, normalize: bool = False) -> Float[Array, "B E"]:
-        """Image features; with `normalize`, of length one."""
-        features = self._image_tower()(jnp.asarray(images))
+    def encode_image(
+        self, images: Images, normalize: bool = False, kept_patches: Int[Array, "B K"] | None = None
+    ) -> Float[Array, "B E"]:
+        """Image features; with `normalize`, of length one; of a ViT, from some of the patches alone (`draw_patches`)."""
+        tower, kept = self._image_tower(), {} if kept_patches is None else {"kept": kept_patches}
+        features = tower(jnp.asarray(images), **kept)
         return l2_normalize(features) if normalize else features
 
     def encode_text(self, tokens: Tokens, normalize: bool = False) -> Float[Array, "B E"]:

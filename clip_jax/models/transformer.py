@@ -4,6 +4,8 @@ Shapes: B batch, N tokens of either tower, D width, H heads.
 Source: Radford et al. 2021, section 2.4; openai/CLIP `clip/model.py:ResidualAttentionBlock`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -141,21 +143,40 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.causal = causal
+        self.scan, self.remat = False, "none"  # CLIPConfig.scan_layers and remat, set by CLIP
         self.blocks = nnx.List(
             [Block(width, heads, mlp_ratio, activation, eps, layers, dtype, rngs=rngs) for _ in range(layers)]
         )
 
     def __call__(self, x: Float[Array, "B N D"], position: Int[Array, "B"]) -> Float[Array, "B D"]:
-        return self.blocks[-1].at(self.hidden_states(x, -2), position, self.causal)
+        x = self.hidden_states(x, -2)
+        last = lambda block, x: block.at(x, position, self.causal)
+        return self._rematerialized(last)(self.blocks[-1], x)
 
     def hidden_states(self, x: Float[Array, "B N D"], layer: int) -> Float[Array, "B N D"]:
         """After so many blocks; counted from the end, -1 is after the last and -2 is the penultimate."""
         blocks = len(self.blocks)
         if not -blocks - 1 <= layer <= blocks:
             raise UserError(f"layer {layer}, expected -{blocks + 1} to {blocks} of a transformer of {blocks} blocks")
-        for block in self.blocks[: layer if layer >= 0 else blocks + 1 + layer]:
-            x = block(x, self.causal)
+        run = self._rematerialized(lambda block, x: block(x, self.causal))
+        blocks = self.blocks[: layer if layer >= 0 else blocks + 1 + layer]
+        if self.scan and len(blocks) > 1:
+            # The parameters are stacked here, so that they are the same ones, and in checkpoints, either way.
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+            return jax.lax.scan(lambda x, block: (run(block, x), None), x, stacked)[0]
+        for block in blocks:
+            x = run(block, x)
         return x
+
+    def _rematerialized(self, run: Callable[[Block, Array], Array]) -> Callable[[Block, Array], Array]:
+        """`run`, whose gradient computes again what the policy does not keep."""
+        policies = jax.checkpoint_policies
+        match self.remat:
+            case "dots":  # those of attention grow with the square of the length, and are computed again
+                return jax.checkpoint(run, policy=policies.dots_with_no_batch_dims_saveable)
+            case "full":
+                return jax.checkpoint(run, policy=policies.nothing_saveable)
+        return run
 
 
 def take(x: Float[Array, "B N D"], position: Int[Array, "B"]) -> Float[Array, "B D"]:

@@ -6,7 +6,7 @@ patches -> (class token, patches) + positions -> ln_pre -> blocks -> ln_post of 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.models.architectures import ViTConfig
 from clip_jax.models.transformer import LayerNorm, Linear, Transformer
@@ -48,9 +48,9 @@ class ViT(nnx.Module):
         self.projection = nnx.Param(normal(width, embedding))
         self.dtype = dtype
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
+    def __call__(self, images: Float[Array, "B H W 3"], kept: Int[Array, "B K"] | None = None) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  `images` are normalised by the model's mean and std."""
-        x = self.embed(images)
+        x = self.embed(images, kept)
         x = self.transformer(x, jnp.zeros(len(x), jnp.int32))
         x = self.ln_post(x) @ self.projection[...].astype(x.dtype)
         return x.astype(jnp.float32)
@@ -59,12 +59,28 @@ class ViT(nnx.Module):
         """Hidden states after `layer` blocks, before ln_post: the class token, then the patches in reading order."""
         return self.transformer.hidden_states(self.embed(images), layer).astype(jnp.float32)
 
-    def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
-        """What the first block sees."""
+    def embed(self, images: Float[Array, "B H W 3"], kept: Int[Array, "B K"] | None = None) -> Float[Array, "B N D"]:
+        """What the first block sees: the class token, and all patches or those that are kept."""
         x = self.patch_embedding(patches(images.astype(self.dtype), self.patch_size))
         class_token = jnp.tile(self.class_embedding[...].astype(x.dtype), (len(x), 1, 1))
         x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...][None].astype(x.dtype)
+        if kept is not None:
+            x = jnp.concatenate([x[:, :1], jnp.take_along_axis(x[:, 1:], kept[:, :, None], axis=1)], axis=1)
         return self.ln_pre(x)
+
+
+def draw_patches(key: Key[Array, ""], examples: Int[Array, "B"], patches: int, rate: float) -> Int[Array, "B K"]:
+    """Which patches of each example to keep, in reading order: patch dropout (Li et al. 2023, arXiv 2212.00794).
+
+    Args:
+      key: of the step.
+      examples: the places in the batch.  Each example has draws of its own, whatever it is computed beside.
+      patches: how many there are.
+      rate: the share that is dropped.
+    """
+    scores = jax.vmap(lambda example: jax.random.uniform(jax.random.fold_in(key, example), (patches,)))(examples)
+    kept = max(1, int(patches * (1 - rate)))
+    return jnp.sort(jnp.argsort(scores, axis=1)[:, :kept], axis=1)
 
 
 def patches(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B N P"]:
