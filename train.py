@@ -3,7 +3,7 @@
     python train.py                                          # the embedded emoji set, on any machine
     python train.py --config=configs/X.py --workdir=DIR --config.field=value
 
-The same command again goes on where the last one stopped.
+The same command again goes on where the last one stopped.  docs/clusters.md tells how to run it on many hosts.
 """
 
 import pathlib
@@ -11,16 +11,17 @@ import sys
 
 import jax
 
-from clip_jax.checkpoint import Checkpoints, load_model
+from clip_jax.checkpoint import Checkpoints
 from clip_jax.config import parse_command_line, validate
 from clip_jax.data import training_batches
+from clip_jax.distributed import is_first, join, on_every_host, wait_for_all
 from clip_jax.errors import run_program
 from clip_jax.evaluate import evaluate_emoji, format_table, write_results
 from clip_jax.figures import draw_figures
 from clip_jax.memory import keep_freed_memory
 from clip_jax.metrics import MetricsLog
-from clip_jax.sharding import make_mesh, put_batch
-from clip_jax.step import loss_form, make_train_step
+from clip_jax.sharding import local_rows, make_mesh, put_batch
+from clip_jax.step import loss_form, make_train_step, model_of
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "emoji.py"
 
@@ -29,14 +30,18 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory()
 
     # Configuration
-    options, config = parse_command_line(arguments, {"config": str(DEFAULT_CONFIG), "workdir": ""})
+    options, config = parse_command_line(arguments, {"config": str(DEFAULT_CONFIG), "workdir": "", "distributed": "auto"})
     workdir = pathlib.Path(options["workdir"] or f"runs/{pathlib.Path(options['config']).stem}").expanduser()
     validate(config)
+
+    # Devices: of this process, or of many
+    join(options["distributed"])
     mesh = make_mesh(config, jax.devices())
-    print(loss_form(config, mesh)[1])
+    say = print if is_first() else lambda *_: None
+    say(loss_form(config, mesh)[1])
 
     # Data
-    batches = training_batches(config)
+    batches = training_batches(config, local_rows(config.batch_size, mesh))
 
     # Model, loss and step
     init, step, abstract_state = make_train_step(config, mesh)
@@ -48,11 +53,11 @@ def main(arguments: list[str]) -> None:
     else:
         state, data_position = checkpoints.restore(abstract_state, config)
         batches.set_state(data_position)
-        print(f"{workdir}: going on after step {int(state.step)}")
+        say(f"{workdir}: going on after step {int(state.step)}")
 
     # Train
     start, total = int(state.step), config.total_steps
-    with MetricsLog(workdir, start, total, config.batch_size, config.log_every) as log:
+    with MetricsLog(workdir, start, total, config.batch_size, config.log_every, is_first()) as log:
         for number in range(start + 1, total + 1):
             with log.waiting_for_data():
                 batch = next(batches)
@@ -63,12 +68,14 @@ def main(arguments: list[str]) -> None:
     checkpoints.close()
 
     # Evaluate
-    model, _ = load_model(workdir)
-    results = evaluate_emoji(model, pretrained=str(workdir))
-    write_results(workdir / "results.json", results)
-    draw_figures(model, workdir)
-    print(format_table(results))
-    print(f"In {workdir}: results.json, metrics.jsonl, loss.png, similarity.png, retrieval.png")
+    model = model_of(on_every_host((state.params, state.batch_stats)), config)
+    if is_first():
+        results = evaluate_emoji(model, pretrained=str(workdir))
+        write_results(workdir / "results.json", results)
+        draw_figures(model, workdir)
+        print(format_table(results))
+        print(f"In {workdir}: results.json, metrics.jsonl, loss.png, similarity.png, retrieval.png")
+    wait_for_all("end")
 
 
 if __name__ == "__main__":

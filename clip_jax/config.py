@@ -139,6 +139,9 @@ def set_field(config: ConfigDict, name: str, text: str) -> None:
         place = place.get(group) if isinstance(place, ConfigDict) else None
     if not isinstance(place, ConfigDict) or leaf not in place:
         raise UserError(f"unknown field config.{name}{did_you_mean(name, _field_names(config))}")
+    if name == "model":
+        config.model = architecture(text)
+        return
     current = place[leaf]
     if isinstance(current, ConfigDict):
         raise UserError(f"config.{name} is a group of fields: {', '.join(f'config.{name}.{f}' for f in current)}; set one of those")

@@ -7,7 +7,7 @@ holds an example twice.  Grain makes the batches ahead of time, in threads, and 
 
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -75,14 +75,15 @@ def _open_set(folder: str, split: str):
 
 
 class TrainingBatches:
-    """Random access to the endless batches of a run, by step."""
+    """Random access to the endless batches of a run, by step; or to some rows of each, on one of several hosts."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, rows: Sequence[int] | None = None):
         data = config.data
         self.records = Records(data.sets, data.split)
         self.data = data
         self.seed = config.seed
         self.batch_size = config.batch_size
+        self.rows = range(self.batch_size) if rows is None else rows
         self.augmentation = images.Augmentation(**data.augment)
         self.image_size = config.model.vision.image_size
         self.context_length = config.model.text.context_length
@@ -111,19 +112,27 @@ class TrainingBatches:
         return 2**62  # Grain wants to know; a run ends by its number of steps.
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step, from 0: `image` uint8 [B, S, S, 3] and `tokens` int32 [B, T]."""
+        """The batch of a step, from 0: `image` uint8 [B, S, S, 3] and `tokens` int32 [B, T].
+
+        Every host draws for the whole batch, so that it is the same batch on any number of hosts.
+        """
         batches_a_pass = len(self.examples) // self.batch_size
         past, place = divmod(int(step), batches_a_pass)
         drawn = self._order(past)[place * self.batch_size : (place + 1) * self.batch_size]
         rng = np.random.default_rng((self.seed, 1, step))
         members = rng.random(self.batch_size)
-        pictures, captions = [], []
-        for example, member in zip(drawn, members, strict=True):
+        pictures, captions, own = [], [], set(self.rows)
+        for row, (example, member) in enumerate(zip(drawn, members, strict=True)):
             group = self.examples[example]
-            picture, captions_of_it, keywords = self._read(group[int(member * len(group))])
+            index = group[int(member * len(group))]
+            if row not in own:
+                self._caption([""], self._keywords(self.records[index]) if self.data.keywords else [], rng)
+                continue
+            picture, captions_of_it, keywords = self._read(index)
             pictures.append(picture)
             captions.append(self._caption(captions_of_it, keywords, rng))
-        pixels = images.augment(pictures, self.image_size, self.augmentation, rng)
+        draws = images.augmentation_draws(self.batch_size, rng)[list(self.rows)]
+        pixels = images.augment(pictures, self.image_size, self.augmentation, draws)
         # As OpenAI trained: a caption that is too long loses its end, and keeps its EOT.
         return {"image": pixels, "tokens": tokenize(captions, self.context_length, truncate=True)}
 
@@ -143,7 +152,10 @@ class TrainingBatches:
         if self.data.cache:  # In memory no pixel is kept that training would not see.
             image = images.premultiplied(image) if images.has_alpha(image) else image.convert("RGB")
             image = image.resize((self.image_size, self.image_size), PIL.Image.BICUBIC)
-        return image, captions, texts(record[self.data.keywords]) if self.data.keywords else []
+        return image, captions, self._keywords(record)
+
+    def _keywords(self, record: dict[str, Any]) -> list[str]:
+        return texts(record[self.data.keywords]) if self.data.keywords else []
 
     def _caption(self, captions: list[str], keywords: list[str], rng: np.random.Generator) -> str:
         which, kind, both, whether, template = rng.random(5).tolist()
@@ -157,11 +169,11 @@ class TrainingBatches:
         return caption
 
 
-def training_batches(config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches: `image` uint8 [B, S, S, 3] and `tokens` int32 [B, T].
+def training_batches(config: ConfigDict, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches, or these `rows` of each: `image` uint8 [B, S, S, 3] and `tokens` int32 [B, T].
 
     The iterator has `get_state()` and `set_state()`: the position, a small dictionary, whose
     restoring costs the same at any step.
     """
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.prefetch)
-    return iter(grain.MapDataset.source(TrainingBatches(config)).to_iter_dataset(options))
+    return iter(grain.MapDataset.source(TrainingBatches(config, rows)).to_iter_dataset(options))

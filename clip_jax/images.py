@@ -116,15 +116,19 @@ def premultiplied(image: PIL.Image.Image) -> PIL.Image.Image:
     return image if image.mode == "RGBa" else image.convert("RGBA").convert("RGBa")
 
 
+def augmentation_draws(batch: int, rng: np.random.Generator) -> Float32[np.ndarray, "B 23"]:
+    """The random numbers, from 0 to 1, of which `augment` makes its choices."""
+    return rng.random((batch, 23), np.float32)
+
+
 def augment(
-    pictures: list[PIL.Image.Image], size: int, strength: Augmentation, rng: np.random.Generator
+    pictures: list[PIL.Image.Image], size: int, strength: Augmentation, draws: Float32[np.ndarray, "B 23"]
 ) -> UInt8[np.ndarray, "B S S 3"]:
     """A random view of each picture, `size` pixels a side.
 
     Pillow resamples one picture after the other; all else is arithmetic on the whole batch.
     """
     transparent = any(map(has_alpha, pictures))
-    draws = rng.random((len(pictures), 23), np.float32)
     colors = np.where(draws[:, 7:8] < strength.background_rate, 255 * draws[:, 4:7], np.float32(255))
     matrices = _affine_matrices(size, strength, draws[:, 8:13].astype(float))
     pixels = np.empty((len(pictures), size, size, 4 if transparent else 3), np.uint8)

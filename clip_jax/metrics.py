@@ -18,11 +18,15 @@ class MetricsLog:
 
     A logged step has `step`, `samples_seen`, `loss` (of that step), `lr`, `samples_per_second` and
     `data_wait` (both since the last logged step; the second is a share of the time, 0 to 1), and what
-    else the step measures.
+    else the step measures.  Of several processes one `writes`.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int, total: int, batch_size: int, log_every: int):
-        self.batch_size, self.log_every = batch_size, log_every
+    def __init__(self, workdir: pathlib.Path, start: int, total: int, batch_size: int, log_every: int, writes: bool):
+        self.batch_size, self.log_every, self.total, self.writes = batch_size, log_every, total, writes
+        self.in_flight = None
+        self.waited, self.since, self.since_step = 0.0, time.perf_counter(), start
+        if not writes:
+            return
         self.file = workdir / "metrics.jsonl"
         workdir.mkdir(parents=True, exist_ok=True)
         # A run that was killed has logged steps after its last checkpoint; they are taken again.
@@ -32,15 +36,14 @@ class MetricsLog:
         # In a file, where lines cannot be drawn over, a line a minute is enough.
         interval = 0.2 if sys.stderr.isatty() else 60
         self.bar = tqdm.tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, mininterval=interval)
-        self.in_flight = None
-        self.waited, self.since, self.since_step = 0.0, time.perf_counter(), start
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.close()
-        self.events.close()
+        if self.writes:
+            self.bar.close()
+            self.events.close()
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -54,8 +57,10 @@ class MetricsLog:
         # One step may be under way while the next batch is made; further ahead the times would lie.
         jax.block_until_ready(self.in_flight)
         self.in_flight = metrics
+        if not self.writes:
+            return
         self.bar.update()
-        if step % self.log_every and step != self.bar.total:
+        if step % self.log_every and step != self.total:
             return
         values = {name: float(value) for name, value in metrics.items()}
         elapsed = time.perf_counter() - self.since

@@ -59,6 +59,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """The rows of a batch that the devices of this process hold."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in slices for row in range(*part.indices(batch_size))})
+
+
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """A sharding for each array of a training state.
 
@@ -98,7 +104,7 @@ def from_microbatches(array: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A host's part of a batch, as part of the global one on the devices."""
+    """The `local_rows` of a batch, as part of the global one on the devices."""
     return {
         name: jax.make_array_from_process_local_data(batch_sharding(mesh), array) for name, array in batch.items()
     }

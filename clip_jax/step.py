@@ -174,6 +174,11 @@ def init_state(config: ConfigDict) -> TrainState:
     return TrainState(jnp.int32(0), params, batch_stats, make_optimizer(config).init(params))
 
 
+def model_of(arrays: tuple[Params, Params], config: ConfigDict) -> CLIP:
+    """The model with these parameters and running statistics."""
+    return nnx.merge(nnx.graphdef(abstract_model(model_config(config))), *arrays)
+
+
 def make_train_step(config: ConfigDict, mesh: Mesh):
     """The step and the initialisation, compiled for a mesh.
 

@@ -23,6 +23,8 @@ def test_fields_are_set_with_their_types():
     arguments = ["--workdir=w", "--config.seed=3", "--config.optimizer.learning_rate=1", "--config.data.cache=false"]
     arguments += ["--config.data.sets=a/b", "--config.data.templates=('a {}', 'the {}')", "--config.data.caption=x=y"]
     options, config = parse_command_line(arguments, OPTIONS)
+    _, other = parse_command_line(["--config.model=ViT-B/16", "--config.model.initial_logit_bias=-10"], OPTIONS)
+    assert other.model.vision.patch_size == 16 and other.model.initial_logit_bias == -10.0
     assert options["workdir"] == "w" and config.seed == 3 and config.optimizer.learning_rate == 1.0
     assert config.data.sets == ("a/b",) and config.data.templates == ("a {}", "the {}")
     assert config.data.cache is False and config.data.caption == "x=y"
@@ -38,6 +40,7 @@ def test_fields_are_set_with_their_types():
         ("--config.seed=1.5", "config.seed: expected int such as 0, found '1.5'"),
         ("--config.seed=many", "config.seed: expected int"),
         ("--config.data=8", "config.data is a group of fields"),
+        ("--config.model=ViT-B/15", "no architecture 'ViT-B/15'; did you mean ViT-B/16"),
         ("--config.data.cache=2", "config.data.cache: expected bool such as True, found '2'"),
         ("--confg=x", "unknown option --confg; did you mean --config"),
         ("--workdir", "expected --name=value"),

@@ -1,0 +1,76 @@
+"""Several processes as one: joining them, and what one of them does for all.
+
+docs/clusters.md has the commands.  All processes run the same program; each reads its part of every batch, holds
+its part of the arrays and writes its part of the checkpoints; the first one writes and prints what people read.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from clip_jax.errors import UserError
+
+CHOICES = ("auto", "on", "off")
+# For processes that no scheduler starts; JAX itself knows the first.
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join(choice: str) -> None:
+    """Joins the processes of a cluster, before any device is used.
+
+    Args:
+      choice: "auto", if there is a cluster: Slurm, Open MPI, GKE, a TPU pod, or the variables BY_HAND; "on", or fail; "off".
+    """
+    if choice not in CHOICES:
+        raise UserError(f"--distributed={choice}, expected one of {', '.join(CHOICES)}")
+    given = [name for name in BY_HAND if os.environ.get(name)]
+    if choice == "off" or (choice == "auto" and not given and not several_processes(os.environ)):
+        return
+    arguments = {}
+    if given:
+        if len(given) < len(BY_HAND):
+            missing = [name for name in BY_HAND if name not in given]
+            raise UserError(f"{', '.join(given)} set, expected {' and '.join(missing)} too; set them, or --distributed=off")
+        address, count, process = (os.environ[name] for name in BY_HAND)
+        if not (count.isdigit() and process.isdigit() and int(process) < int(count)):
+            raise UserError(f"JAX_PROCESS_ID is {process} of JAX_NUM_PROCESSES {count}, expected numbers, the first from 0 and below the second")
+        arguments = {"coordinator_address": address, "num_processes": int(count), "process_id": int(process)}
+    try:
+        jax.distributed.initialize(**arguments)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--distributed={choice}: the processes did not find each other ({reason}); set {', '.join(BY_HAND)}, "
+            "or --distributed=off for one process; docs/clusters.md has the commands"
+        ) from error
+
+
+def several_processes(environment: Mapping[str, str]) -> bool:
+    """Whether a scheduler started more than one process, by its variables."""
+    counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    if any(environment.get(name, "").isdigit() and int(environment[name]) > 1 for name in counts):
+        # Inside `salloc` alone, without `srun`, there is one process.
+        return "OMPI_COMM_WORLD_SIZE" in environment or "SLURM_PROCID" in environment
+    hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return len(hosts) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints."""
+    return jax.process_index() == 0
+
+
+def on_every_host(tree: Any) -> Any:
+    """Arrays that lie on the devices of several hosts, whole on the first device of each."""
+    if jax.process_count() > 1:
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_put(tree, jax.local_devices()[0])
+
+
+def wait_for_all(where: str) -> None:
+    """Until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
