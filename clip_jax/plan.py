@@ -147,7 +147,14 @@ def make_plan(config: Any, devices: list[Any], chip: Chip) -> Plan:
         "image": jax.ShapeDtypeStruct((config.batch_size, side, side, 3), np.uint8),
         "tokens": jax.ShapeDtypeStruct((config.batch_size, length), np.int32),
     }
-    compiled = step.lower(state, batch).compile()
+    lowered = step.lower(state, batch)
+    try:
+        compiled, too_much = lowered.compile(), 0
+    except jax.errors.JaxRuntimeError as error:  # the TPU's compiler says so instead of a report
+        needed = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT])\)", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+            raise
+        compiled, too_much = None, int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2])))
     features = jax.ShapeDtypeStruct((config.batch_size, config.model.embedding), np.float32, sharding=batch_sharding(mesh))
     scalars = {name: state.params[name] for name in ("logit_scale", "logit_bias") if name in state.params}
     loss = jax.jit(jax.value_and_grad(make_loss(config, mesh), argnums=(0, 1))).lower((features, features), scalars).compile()
@@ -159,16 +166,16 @@ def make_plan(config: Any, devices: list[Any], chip: Chip) -> Plan:
         "parameters": local((state.params, state.batch_stats)),
         "optimizer": local(state.optimizer),
         "batch": (side * side * 3 + 4 * length) * config.batch_size // parts,
-        "activations": max(0, compiled.memory_analysis().temp_size_in_bytes - loss_bytes),
+        "activations": max(0, (compiled.memory_analysis().temp_size_in_bytes if compiled else too_much) - loss_bytes),
         "loss": loss_bytes,
     }
-    collectives = {"step": collective_bytes(compiled.as_text()), "loss": collective_bytes(loss.as_text())}
+    collectives = {"step": collective_bytes(compiled.as_text() if compiled else ""), "loss": collective_bytes(loss.as_text())}
     model_flops = 3 * forward_flops(config) * config.batch_size / len(devices)
     # A backward pass is two forward passes; remat and microbatches each ask for one more.
     passes = 3 + (config.model.remat == "full") + (config.microbatches > 1)
     form, _ = loss_form(config, mesh)
     needed = passes / 3 * model_flops + loss_flops(config, form) / len(devices)
-    cost = compiled.cost_analysis() or {}
+    cost = (compiled.cost_analysis() if compiled else None) or {}
     seconds = {
         "arithmetic": needed / chip.flops,
         "memory": cost.get("bytes accessed", 0.0) / chip.memory_bandwidth,
@@ -296,7 +303,8 @@ def format_plan(plan: Plan, topology: str, config: Any) -> str:
     lines.append(f"  {config.loss.kind} loss in its {plan.form} form")
     lines.append(f"FLOPs a device: model {plan.model_flops:.3e}, needed {plan.needed_flops:.3e}, compiled {plan.compiled_flops:.3e} (a loop's body counted once)")
     lines.append("Collectives a device, bytes sent a step:")
-    lines += [f"  {kind:<20}{gigabytes(size)}" for kind, size in plan.collectives["step"].items()] or ["  none"]
+    unknown = "none" if plan.compiled_flops else "not known: the compiler stopped at the memory"
+    lines += [f"  {kind:<20}{gigabytes(size)}" for kind, size in plan.collectives["step"].items()] or [f"  {unknown}"]
     of_loss = sum(plan.collectives["loss"].values())
     share = of_loss / plan.chip.link_bandwidth / plan.step_seconds
     lines.append(f"  of them the loss's  {gigabytes(of_loss)}, {share:.2%} of the step's time")

@@ -23,7 +23,7 @@ from clip_jax.models import CLIP, CLIPConfig
 from clip_jax.models.clip import MAX_LOGIT_SCALE
 from clip_jax.models.vit import draw_patches
 from clip_jax.optimizer import make_optimizer, make_schedule
-from clip_jax.sharding import BATCH, batch_sharding, from_microbatches, in_microbatches, state_shardings
+from clip_jax.sharding import BATCH, activations_on, batch_sharding, from_microbatches, in_microbatches, state_shardings
 
 Batch = dict[str, UInt8[Array, "B H W 3"] | Int[Array, "B T"]]
 Metrics = dict[str, Float[Array, ""]]
@@ -197,8 +197,14 @@ def make_train_step(config: ConfigDict, mesh: Mesh):
     loss, count = make_loss(config, mesh), config.microbatches
     gradients_of = functools.partial(whole_batch, loss) if count == 1 else functools.partial(in_turn, loss, count, mesh)
     draw = functools.partial(drawn_patches, config)
+
+    def on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with activations_on(mesh):
+            return train_step(graphdef, make_optimizer(config), make_schedule(config), gradients_of, draw, state, batch)
+
+    on_mesh.__name__ = "train_step"  # as it is called in logs and profiles
     step = jax.jit(
-        functools.partial(train_step, graphdef, make_optimizer(config), make_schedule(config), gradients_of, draw),
+        on_mesh,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from clip_jax import sharding
 from clip_jax.config import default_config, model_config
 from clip_jax.errors import UserError
 from clip_jax.models.architectures import ARCHITECTURES, CLIPConfig, SmallResNetConfig, TextConfig, ViTConfig
@@ -51,7 +52,8 @@ def losses(c, devices, steps: int = 5) -> list[float]:
 
 
 @pytest.mark.parametrize("model", [VIT, RESNET], ids=["vit", "resnet"])
-def test_eight_devices_give_the_losses_of_one(model):
+def test_eight_devices_give_the_losses_of_one(model, monkeypatch):
+    monkeypatch.setattr(sharding, "SHARD_FROM", 2**12)  # or this model would lie whole on every device
     one = losses(config(model), jax.devices()[:1])
     assert one[-1] != pytest.approx(one[0], rel=1e-2)  # it moves, or equality would say little
     for mesh in ({"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
@@ -60,7 +62,8 @@ def test_eight_devices_give_the_losses_of_one(model):
 
 
 @pytest.mark.parametrize("model", [VIT, SIGMOID], ids=["softmax", "sigmoid"])
-def test_microbatches_ring_scan_and_remat_change_nothing(model):
+def test_microbatches_ring_scan_and_remat_change_nothing(model, monkeypatch):
+    monkeypatch.setattr(sharding, "SHARD_FROM", 2**12)
     plain = config(model)
     plain.patch_dropout, plain.loss.form = 0.5, "plain"
     one = losses(plain, jax.devices()[:1], 3)  # the sigmoid loss of random pairs is chaotic: a digit more is lost each step
@@ -96,7 +99,8 @@ def test_the_ring_is_taken_when_the_matrix_is_large():
     assert loss_form(c, mesh)[0] == "plain"
 
 
-def test_fsdp_splits_parameters_and_their_moments_alike():
+def test_fsdp_splits_parameters_and_their_moments_alike(monkeypatch):
+    monkeypatch.setattr(sharding, "SHARD_FROM", 2**12)
     mesh = make_mesh(config(data=2, fsdp=4), jax.devices())
     init, _, abstract = make_train_step(config(data=2, fsdp=4), mesh)
     state = init()

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from clip_jax.sharding import along_batch
+
 
 def batch_norm(features: int, gain: float = 1.0, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """BatchNorm as PyTorch has it, in float32, with `gain` to start from."""
@@ -80,7 +82,7 @@ class ConvolutionNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
         kernel = self.kernel[...].astype(x.dtype)
         y = jax.lax.platform_dependent(x, kernel, cpu=self._as_matrix_product, default=self._as_convolution)
-        return self.norm(y).astype(x.dtype)
+        return along_batch(self.norm(y).astype(x.dtype))
 
     def _as_convolution(self, x: Array, kernel: Array) -> Array:
         padding = self.size // 2

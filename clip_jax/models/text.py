@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax.models.architectures import TextConfig
 from clip_jax.models.transformer import LayerNorm, Transformer
+from clip_jax.sharding import whole
 
 
 class TextTower(nnx.Module):
@@ -31,7 +32,7 @@ class TextTower(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first block sees."""
-        x = self.token_embedding[tokens] + self.position_embedding[None, : tokens.shape[1]]
+        x = whole(self.token_embedding[...])[tokens] + self.position_embedding[None, : tokens.shape[1]]
         return x.astype(self.dtype)
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import UserError
+from clip_jax.sharding import along_batch
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -113,7 +114,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N D"], causal: bool) -> Float[Array, "B N D"]:
         x = x + self.attention(self.ln_1(x), causal)
-        return x + self.mlp(self.ln_2(x))
+        return along_batch(x + self.mlp(self.ln_2(x)))
 
     def at(self, x: Float[Array, "B N D"], position: Int[Array, "B"], causal: bool) -> Float[Array, "B D"]:
         """`self(x, causal)` at one position a row."""
@@ -158,7 +159,7 @@ class Transformer(nnx.Module):
         blocks = len(self.blocks)
         if not -blocks - 1 <= layer <= blocks:
             raise UserError(f"layer {layer}, expected -{blocks + 1} to {blocks} of a transformer of {blocks} blocks")
-        run = self._rematerialized(lambda block, x: block(x, self.causal))
+        x, run = along_batch(x), self._rematerialized(lambda block, x: block(x, self.causal))
         blocks = self.blocks[: layer if layer >= 0 else blocks + 1 + layer]
         if self.scan and len(blocks) > 1:
             # The parameters are stacked here, so that they are the same ones, and in checkpoints, either way.
