@@ -126,7 +126,8 @@ def make_devices(kind: str, count: int) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind][count]).devices)
+        alone = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
+        return list(topologies.get_topology_desc(TOPOLOGIES[kind][count], "tpu", **alone).devices)
     except Exception as error:  # of libtpu, or of its absence
         reason = str(error).splitlines()[0]
         raise UserError(f"{kind}-{count}: cannot compile for TPUs here ({reason}); pip install 'jax[tpu]'") from error

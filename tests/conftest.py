@@ -7,7 +7,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Most of the time of these tests is compilation, a third of which is optimisation that they do not need.  The programs
 # that tests start as processes are compiled as their users' are.
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import pathlib
 import sys
