@@ -9,6 +9,7 @@ random weights that show every loss (tests/weights.py), for random pictures and 
 """
 
 import dataclasses
+import functools
 import gc
 import pathlib
 import sys
@@ -80,12 +81,17 @@ def our_outputs(config: CLIPConfig, images: jax.Array, tokens: jax.Array) -> Out
     return {name: np.asarray(array) for name, array in run(model, images, tokens).items()}
 
 
-def their_outputs(layout: str, config: CLIPConfig, images: jax.Array, tokens: jax.Array) -> Outputs:
+def their_outputs(layout: str, config: CLIPConfig, images: jax.Array, tokens: jax.Array, double: bool = False) -> Outputs:
     import torch
 
     # The weights are made anew each time, so that they are in memory once.
     model = originals.build(layout, config, layouts.to_theirs(rich_weights(config), layouts.LAYOUTS[layout](config)))
     pixels = torch.from_numpy(np.asarray(images).transpose(0, 3, 1, 2).copy())
+    if double:
+        model, pixels = model.double(), pixels.double()
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):  # OpenAI's own goes by way of float32
+                module.forward = functools.partial(torch.nn.LayerNorm.forward, module)
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     if layout == "hf":
         image_blocks, text_blocks = model.vision_model.encoder.layers, model.text_model.encoder.layers
@@ -144,6 +150,9 @@ def measure(config: CLIPConfig, count: int = 4) -> tuple[dict[str, dict[str, flo
     for layout in layouts_of(config):
         theirs[layout] = their_outputs(layout, config, images, tokens)
         gc.collect()
+    if isinstance(config.vision, ResNetConfig):
+        # In float32 they run the same convolutions, so what rounding does shows against float64 alone.
+        theirs["openai in float64"] = their_outputs("openai", config, images, tokens, double=True)
     ours = our_outputs(config, images, tokens)
     errors = {layout: {q: relative_error(ours[q], theirs[layout][q]) for q in ours} for layout in theirs}
     among = {

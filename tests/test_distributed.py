@@ -22,7 +22,7 @@ SMALL += ["--config.log_every=1", "--config.checkpoint_every=6", "--config.optim
 
 
 def start(workdir: pathlib.Path, devices: int, *arguments: str, **variables: str) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # half of the time
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | variables
     command = [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", *SMALL, *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -66,9 +66,7 @@ def test_two_processes_give_the_run_of_one(tmp_path):
     accuracies = [[r["metrics"] for r in json.loads((tmp_path / run / "results.json").read_text())] for run in ("one", "two")]
     assert accuracies[0][0].keys() == accuracies[1][0].keys()
 
-    # They go on together, and alone, from what both wrote.
-    first, second = together(tmp_path / "two", 2, 2, *sharded)
-    assert f"going on after step {STEPS}" in first and second == ""
+    # One process goes on from what both wrote, on another mesh.
     alone = start(tmp_path / "two", 4, "--config.mesh.fsdp=4", "--config.mesh.data=1")
     printed, errors = alone.communicate(timeout=300)
     assert alone.returncode == 0 and f"going on after step {STEPS}" in printed, errors[-3000:]
