@@ -166,3 +166,11 @@ def test_a_set_of_another_format_is_refused(pairs, tmp_path):
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match="expected ArrayRecord files, found tfrecord"):
         training_batches(config_of(str(folder)))
+
+
+def test_a_host_makes_its_rows_of_the_same_batch(emoji_config):
+    whole = TrainingBatches(emoji_config)[3]
+    rows = [1, 2, 5]
+    part = TrainingBatches(emoji_config, rows)[3]
+    assert (part["tokens"] == whole["tokens"][rows]).all()
+    assert (part["image"] == whole["image"][rows]).all()
