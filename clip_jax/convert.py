@@ -22,7 +22,7 @@ from clip_jax import pretrained
 from clip_jax.checkpoint import save_model
 from clip_jax.errors import UserError, run_program
 from clip_jax.models import CLIP, CLIPConfig
-from clip_jax.pytorch import configs, files, layouts, originals
+from clip_jax.pytorch import configs, files, hf_configs, layouts, open_clip_configs, originals
 from clip_jax.pytorch.layouts import Weights
 from clip_jax.tokenizer import hf_tokenizer_files
 
@@ -101,8 +101,8 @@ def _write_openai(config: CLIPConfig, weights: Weights, path: pathlib.Path) -> N
 
 
 def _write_open_clip(config: CLIPConfig, weights: Weights, path: pathlib.Path) -> None:
-    layout, document = layouts.open_clip_layout(config), configs.to_open_clip(config)
-    _expect_same(config, configs.open_clip_config(document, str(path)), "open_clip")
+    layout, document = layouts.open_clip_layout(config), open_clip_configs.to_open_clip(config)
+    _expect_same(config, open_clip_configs.open_clip_config(document, str(path)), "open_clip")
     path.mkdir()
     _write_json(path / pretrained.OPEN_CLIP_CONFIG, document)
     _write_safetensors(path / pretrained.OPEN_CLIP_WEIGHTS[0], layouts.to_theirs(weights, layout), config)
@@ -110,8 +110,8 @@ def _write_open_clip(config: CLIPConfig, weights: Weights, path: pathlib.Path) -
 
 def _write_hf(config: CLIPConfig, weights: Weights, path: pathlib.Path) -> None:
     layout = layouts.hf_layout(config)
-    document, preprocessing = configs.to_hf(config)
-    _expect_same(config, configs.hf_config(document, preprocessing, str(path)), "hf")
+    document, preprocessing = hf_configs.to_hf(config)
+    _expect_same(config, hf_configs.hf_config(document, preprocessing, str(path)), "hf")
     path.mkdir()
     _write_json(path / pretrained.HF_CONFIG, document)
     _write_json(path / pretrained.HF_PREPROCESSING, preprocessing)
@@ -123,9 +123,9 @@ def _write_hf(config: CLIPConfig, weights: Weights, path: pathlib.Path) -> None:
 
 def _write_text_encoder(config: CLIPConfig, weights: Weights, path: pathlib.Path) -> None:
     state = layouts.to_theirs(weights, layouts.text_encoder_layout(config))
-    config = configs.text_encoder_config(config)
+    config = hf_configs.text_encoder_config(config)
     path.mkdir()
-    _write_json(path / pretrained.HF_CONFIG, configs.to_hf_text_encoder(config))
+    _write_json(path / pretrained.HF_CONFIG, hf_configs.to_hf_text_encoder(config))
     _write_safetensors(path / pretrained.HF_WEIGHTS[0], state, config)
 
 

@@ -20,7 +20,7 @@ from clip_jax.errors import UserError
 from clip_jax.images import Preprocess
 from clip_jax.models import CLIP, CLIPConfig
 from clip_jax.models.architectures import ResNetConfig, SmallResNetConfig
-from clip_jax.pytorch import configs, files, layouts
+from clip_jax.pytorch import configs, files, hf_configs, layouts, open_clip_configs
 from clip_jax.pytorch.files import StateDict
 from clip_jax.pytorch.layouts import Weights
 from clip_jax.tokenizer import Tokenizer, tokenize
@@ -218,10 +218,10 @@ def _config_beside(file: pathlib.Path) -> tuple[CLIPConfig | None, str]:
     """What the files beside the weights say of them, and whose words these are."""
     folder = file.parent
     if (folder / OPEN_CLIP_CONFIG).is_file() and file.name not in HF_WEIGHTS:
-        return _parse(folder / OPEN_CLIP_CONFIG, configs.open_clip_config), "open_clip"
+        return _parse(folder / OPEN_CLIP_CONFIG, open_clip_configs.open_clip_config), "open_clip"
     if (folder / HF_CONFIG).is_file() and file.name in HF_WEIGHTS:
         preprocessing = _parse(folder / HF_PREPROCESSING) if (folder / HF_PREPROCESSING).is_file() else None
-        config = _parse(folder / HF_CONFIG, lambda document, where: configs.hf_config(document, preprocessing, where))
+        config = _parse(folder / HF_CONFIG, lambda document, where: hf_configs.hf_config(document, preprocessing, where))
         return config, "hf" if config.vision else "diffusers-text-encoder"
     return None, ""
 

@@ -12,7 +12,7 @@ from weights import LAYOUTS, SMALL, rich_weights
 import clip_jax
 from clip_jax import convert, pretrained
 from clip_jax.errors import UserError
-from clip_jax.pytorch import configs, files, layouts
+from clip_jax.pytorch import files, hf_configs, layouts
 
 # Without torch there is no .pt to write; tests/test_pytorch.py does that.
 EXPRESSIBLE = [(model, layout) for model, names in LAYOUTS.items() for layout in names if layout != "openai"]
@@ -70,7 +70,7 @@ def test_the_text_encoder_of_a_diffusion_pipeline(tmp_path):
 @pytest.mark.parametrize("projection", [0, 32])
 def test_a_text_encoder_alone_is_a_model(projection, tmp_path):
     whole = SMALL["vit"]
-    config = dataclasses.replace(configs.text_encoder_config(whole), embedding=projection)
+    config = dataclasses.replace(hf_configs.text_encoder_config(whole), embedding=projection)
     weights = {name: array for name, array in rich_weights(whole).items() if name.startswith("text/")}
     weights = weights if projection else {k: v for k, v in weights.items() if k != "text/projection"}
     convert.write("orbax", config, weights, tmp_path / "first")

@@ -7,7 +7,7 @@ from weights import SMALL, rich_weights
 
 from clip_jax import available_models, diffusion
 from clip_jax.errors import UserError
-from clip_jax.pytorch import configs, layouts
+from clip_jax.pytorch import hf_configs, layouts
 
 PROMPTS = ["a photo of an astronaut", ""]
 
@@ -42,7 +42,7 @@ def test_a_text_encoder_alone_is_enough(model):
     whole, weights = SMALL["vit"], rich_weights(SMALL["vit"])
     states, pooled = diffusion.encode_prompts(model, PROMPTS, "sd1")
     for embedding in (0, whole.embedding):
-        config = dataclasses.replace(configs.text_encoder_config(whole), embedding=embedding)
+        config = dataclasses.replace(hf_configs.text_encoder_config(whole), embedding=embedding)
         alone = layouts.build_model(config, weights)
         found, features = diffusion.encode_prompts(alone, PROMPTS, "sd1")
         assert (found == states).all() and (features is None if not embedding else (features == pooled).all())

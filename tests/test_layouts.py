@@ -7,7 +7,7 @@ from weights import LAYOUTS, SMALL, rich_weights
 from clip_jax.errors import UserError
 from clip_jax.models import ARCHITECTURES
 from clip_jax.models.architectures import ResNetConfig, SigLIPViTConfig, SmallResNetConfig
-from clip_jax.pytorch import configs, layouts
+from clip_jax.pytorch import configs, hf_configs, layouts, open_clip_configs
 
 EXPRESSIBLE = [(model, layout) for model, names in LAYOUTS.items() for layout in names]
 
@@ -70,9 +70,9 @@ def test_what_a_library_cannot_express_is_refused():
 def test_configurations_come_back(name):
     config = ARCHITECTURES[name]
     through_json = lambda document: json.loads(json.dumps(document))
-    assert configs.open_clip_config(through_json(configs.to_open_clip(config)), "here").identity() == config.identity()
+    assert open_clip_configs.open_clip_config(through_json(open_clip_configs.to_open_clip(config)), "here").identity() == config.identity()
     if not isinstance(config.vision, ResNetConfig):
-        assert configs.hf_config(*through_json(configs.to_hf(config)), "here").identity() == config.identity()
+        assert hf_configs.hf_config(*through_json(hf_configs.to_hf(config)), "here").identity() == config.identity()
 
 
 def test_openais_shapes_tell_the_architecture():
@@ -86,16 +86,16 @@ def test_openais_shapes_tell_the_architecture():
 
 
 def test_a_configuration_that_contradicts_itself_or_has_more_than_clip_is_refused():
-    document, preprocessing = configs.to_hf(SMALL["vit"])
+    document, preprocessing = hf_configs.to_hf(SMALL["vit"])
     document["vision_config"]["hidden_act"] = "gelu"
     with pytest.raises(UserError, match="vision_config.hidden_act is 'gelu' and text_config.hidden_act is 'quick_gelu'"):
-        configs.hf_config(document, preprocessing, "config.json")
+        hf_configs.hf_config(document, preprocessing, "config.json")
     with pytest.raises(UserError, match="model_type is 'blip', expected clip, clip_text_model, or siglip"):
-        configs.hf_config(document | {"model_type": "blip"}, preprocessing, "config.json")
-    coca = configs.to_open_clip(SMALL["vit"])
+        hf_configs.hf_config(document | {"model_type": "blip"}, preprocessing, "config.json")
+    coca = open_clip_configs.to_open_clip(SMALL["vit"])
     coca["model_cfg"]["multimodal_cfg"] = {}
     with pytest.raises(UserError, match="multimodal_cfg is not known here"):
-        configs.open_clip_config(coca, "open_clip_config.json")
+        open_clip_configs.open_clip_config(coca, "open_clip_config.json")
 
 
 def test_a_model_is_built_of_all_its_weights_or_not_at_all():

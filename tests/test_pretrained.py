@@ -11,7 +11,7 @@ import clip_jax
 from clip_jax import convert, pretrained
 from clip_jax.errors import UserError
 from clip_jax.models import CLIP
-from clip_jax.pytorch import configs, files, layouts
+from clip_jax.pytorch import files, hf_configs, layouts
 
 
 def written(model: str, layout: str, tmp_path: pathlib.Path) -> pathlib.Path:
@@ -145,4 +145,4 @@ def test_a_hub_folder_without_preprocessing_warns_whose_is_taken(tmp_path):
     (folder / "preprocessor_config.json").unlink()
     with pytest.warns(UserWarning, match="no preprocessor_config.json beside it; taking the mean and std of clip's authors"):
         clip_jax.load(folder)
-    assert configs.to_hf(SMALL["vit"])[1]["image_mean"] == list(SMALL["vit"].image_mean)
+    assert hf_configs.to_hf(SMALL["vit"])[1]["image_mean"] == list(SMALL["vit"].image_mean)

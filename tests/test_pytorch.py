@@ -27,7 +27,7 @@ from clip_jax import convert, diffusion, images, pretrained, tokenizer
 from clip_jax.losses import clip_loss
 from clip_jax.models import ARCHITECTURES, CLIP
 from clip_jax.models.architectures import ResNetConfig
-from clip_jax.pytorch import configs, files, layouts, originals
+from clip_jax.pytorch import files, hf_configs, layouts, originals
 from clip_jax.siglip_tokenizer import SigLIPTokenizer
 from clip_jax.step import split_model
 
@@ -175,7 +175,7 @@ def test_presets_give_what_diffusion_pipelines_take(encoder, clip_skip, index, n
     import transformers
 
     config, weights = SMALL["vit"], rich_weights(SMALL["vit"])
-    text = transformers.CLIPTextConfig.from_dict(configs.hf_text_config(config))
+    text = transformers.CLIPTextConfig.from_dict(hf_configs.hf_text_config(config))
     theirs = transformers.CLIPTextModelWithProjection(text)
     state = layouts.to_theirs(weights, layouts.hf_layout(config))
     state = {k: torch.from_numpy(v) for k, v in state.items() if k.startswith("text_")}
@@ -196,7 +196,7 @@ def test_the_text_encoder_of_a_pipeline_loads_here(kind, tmp_path):
     import transformers
 
     whole, weights = SMALL["vit"], rich_weights(SMALL["vit"])
-    theirs = getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(configs.hf_text_config(whole)))
+    theirs = getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(hf_configs.hf_text_config(whole)))
     state = layouts.to_theirs(weights, layouts.hf_layout(whole))
     theirs.load_state_dict({k: torch.from_numpy(state[k]) for k in theirs.state_dict()}, strict=True)
     theirs.save_pretrained(tmp_path / "text_encoder")

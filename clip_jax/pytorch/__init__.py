@@ -2,5 +2,5 @@
 
     files.py     a file or folder <-> named arrays, without executing anything that a file says
     layouts.py   named arrays <-> our parameters: one table a layout
-    configs.py   their configurations <-> CLIPConfig
+    configs.py   their configurations <-> CLIPConfig: OpenAI's; open_clip_configs.py, hf_configs.py
 """

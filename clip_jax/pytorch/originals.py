@@ -10,7 +10,7 @@ import numpy as np
 
 from clip_jax.models import CLIPConfig
 from clip_jax.models.architectures import ResNetConfig, SigLIPViTConfig
-from clip_jax.pytorch import configs
+from clip_jax.pytorch import hf_configs, open_clip_configs
 from clip_jax.pytorch.files import StateDict
 
 
@@ -68,7 +68,7 @@ def _open_clip(config: CLIPConfig):
         from open_clip.model import CLIP, CustomTextCLIP
     except ImportError as error:
         raise ImportError(f"open_clip cannot be imported (pip install open_clip_torch): {error}") from error
-    model = dict(configs.to_open_clip(config)["model_cfg"])
+    model = dict(open_clip_configs.to_open_clip(config)["model_cfg"])
     if not isinstance(config.vision, SigLIPViTConfig):
         return CLIP(**model)
     import torch
@@ -84,14 +84,14 @@ def _open_clip(config: CLIPConfig):
 
 def _hf(config: CLIPConfig):
     transformers = _transformers()
-    document, _ = configs.to_hf(config)
+    document, _ = hf_configs.to_hf(config)
     kind = "Siglip" if document["model_type"] == "siglip" else "CLIP"
     return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config").from_dict(document))
 
 
 def _text_encoder(config: CLIPConfig):
     transformers = _transformers()
-    document = configs.to_hf_text_encoder(configs.text_encoder_config(config))
+    document = hf_configs.to_hf_text_encoder(hf_configs.text_encoder_config(config))
     return getattr(transformers, document["architectures"][0])(transformers.CLIPTextConfig.from_dict(document))
 
 
