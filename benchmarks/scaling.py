@@ -50,8 +50,8 @@ The train step of ViT-B/32 on one v5e, in bfloat16, layers scanned, nothing rema
     "plans": """## Plans
 
 The whole train step with AdamW.  "Model" FLOPs are the towers' once; the least time of a step includes the loss and what is
-computed again.  "Loss's collectives" is the time that they take at the bandwidth of all links, next to that least time; they
-overlap with the loss's products, which take four times as long at 1 M.  Memory and FLOPs are those of one device.
+computed again.  "Loss's collectives" is the time that they take at the bandwidth of all links, next to that least time.
+Memory and FLOPs are those of one device.
 
 | model | batch | topology | fits | a device | parameters + optimizer | activations | loss | model TFLOPs | compiled TFLOPs | loss's collectives | step at least | pairs/s at most | options |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|""",

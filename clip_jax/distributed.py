@@ -22,7 +22,8 @@ def join(choice: str) -> None:
     """Joins the processes of a cluster, before any device is used.
 
     Args:
-      choice: "auto", if there is a cluster: Slurm, Open MPI, GKE, a TPU pod, or the variables BY_HAND; "on", or fail; "off".
+      choice: "auto", if the variables of Slurm, Open MPI or GKE say so, or BY_HAND; "on", wherever JAX finds a cluster, a
+        TPU pod among them, or fail; "off".
     """
     if choice not in CHOICES:
         raise UserError(f"--distributed={choice}, expected one of {', '.join(CHOICES)}")

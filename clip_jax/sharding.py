@@ -1,10 +1,9 @@
 """Which device holds what: the mesh, and the rules by which arrays are laid out on it."""
 
 import contextlib
-import contextvars
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
+from clip_jax.models.placement import placed_by
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split a batch
@@ -25,8 +25,6 @@ RULES = (
     (r"(attention/out|mlp/down)/kernel", ("tensor", "fsdp")),
     (r"token_embedding", ("tensor", "fsdp")),
 )
-
-_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 # Smaller arrays stay whole on every device: gathering them costs more than it saves.
 SHARD_FROM = 2**16  # elements
@@ -63,32 +61,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-@contextlib.contextmanager
-def activations_on(mesh: Mesh) -> Iterator[None]:
-    """Inside, `along_batch` places activations on a mesh."""
-    token = _MESH.set(mesh)
-    try:
-        yield
-    finally:
-        _MESH.reset(token)
-
-
-def along_batch(x: jax.Array) -> jax.Array:
-    """Says that the first axis is the batch.  Models say it of what goes from block to block.
-
-    Without it XLA may follow the parameters instead, and hold the activations of a whole group of devices.
-    """
-    mesh = _MESH.get()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
-
-
-def whole(x: jax.Array) -> jax.Array:
-    """Says that every device is to hold all of a parameter while it uses it.
-
-    Models say it of tables that are looked up: their gradient adds rows, which XLA cannot split well.
-    """
-    mesh = _MESH.get()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+def activations_on(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """Inside, what models say of where arrays lie is meant of this mesh."""
+    shardings = {"batch": batch_sharding(mesh), "whole": NamedSharding(mesh, PartitionSpec())}
+    return placed_by(lambda x, where: jax.lax.with_sharding_constraint(x, shardings[where]))
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> list[int]:

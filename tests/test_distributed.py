@@ -42,7 +42,7 @@ def together(workdir: pathlib.Path, processes: int, devices: int, *arguments: st
             process.kill()
     for process, (_, errors) in zip(running, outputs):
         assert process.returncode == 0, errors[-3000:]
-    return ["\n".join(line for line in printed.splitlines() if "[Gloo]" not in line) for printed, _ in outputs]
+    return [printed for printed, _ in outputs]
 
 
 def trace(workdir: pathlib.Path) -> np.ndarray:
@@ -62,9 +62,12 @@ def test_two_processes_give_the_run_of_one(tmp_path):
     first, second = together(tmp_path / "two", 2, 2, *sharded)
     # Measured: 4e-7 of losses around 4.
     np.testing.assert_allclose(trace(tmp_path / "two"), expected, rtol=1.2e-6)
-    assert second == "" and re.findall(r"acc\d.*", first) and "going on" not in first
-    accuracies = [[r["metrics"] for r in json.loads((tmp_path / run / "results.json").read_text())] for run in ("one", "two")]
-    assert accuracies[0][0].keys() == accuracies[1][0].keys()
+    # Gloo, which connects CPUs, prints lines of its own in both, by several threads at once.
+    ours = re.compile(r"loss|acc\d|going on")
+    assert set(ours.findall(first)) == {"loss", "acc1", "acc5"} and not ours.search(second)
+    one, two = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two"))
+    for alone, both in zip(one, two, strict=True):
+        assert alone["metrics"] == pytest.approx(both["metrics"], abs=2e-3)  # a few of 1,595 pictures may change places
 
     # One process goes on from what both wrote, on another mesh.
     alone = start(tmp_path / "two", 4, "--config.mesh.fsdp=4", "--config.mesh.data=1")

@@ -18,7 +18,6 @@ from clip_jax.step import abstract_model, split_model
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 TEXT = TextConfig(width=64, layers=2, heads=2, context_length=16, vocabulary_size=128)
-FLOAT32 = jnp.dtype("float32")
 GOLDEN = {
     "vit": CLIPConfig("golden-vit", 32, ViTConfig(32, 8, width=128, layers=2, heads=2), TEXT, dtype="float32"),
     "resnet": CLIPConfig("golden-resnet", 32, ResNetConfig(64, (1, 2, 1, 1), width=8, heads=4), TEXT, dtype="float32"),
@@ -171,7 +170,7 @@ def test_text_is_causal_by_gradient(golden_towers):
 
 
 def test_hidden_states_are_causal_by_gradient():
-    transformer = Transformer(16, 2, 2, 4.0, "quick_gelu", 1e-5, True, FLOAT32, rngs=nnx.Rngs(0))
+    transformer = Transformer(TextConfig(16, 2, 2), GOLDEN["vit"], causal=True, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 6, 16))
     for position in range(6):
         at = jnp.array([position], jnp.int32)
@@ -182,7 +181,7 @@ def test_hidden_states_are_causal_by_gradient():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_last_block_at_one_position_equals_the_whole_block(causal):
-    transformer = Transformer(32, 1, 4, 4.0, "gelu", 1e-5, causal, FLOAT32, rngs=nnx.Rngs(0))
+    transformer = Transformer(TextConfig(32, 1, 4), dataclasses.replace(GOLDEN["vit"], activation="gelu"), causal, rngs=nnx.Rngs(0))
     block = transformer.blocks[0]
     x = jax.random.normal(jax.random.key(0), (5, 7, 32))
     position = jnp.array([0, 3, 6, 2, 6], jnp.int32)

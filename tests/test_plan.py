@@ -9,30 +9,33 @@ from conftest import ROOT
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from clip_jax import plan
+from clip_jax.collectives import collective_bytes
 from clip_jax.config import architecture, default_config
 from clip_jax.errors import UserError
-from clip_jax.losses import ring_clip_loss
+from clip_jax.losses import clip_loss, predicted_bytes, ring_clip_loss
 
-MESH = lambda: jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices())
+
+def make_mesh(devices: int = 8) -> jax.sharding.Mesh:
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
 def test_collectives_are_counted_as_often_as_they_run():
-    sharded, whole = (NamedSharding(MESH(), PartitionSpec(*spec)) for spec in (("data",), ()))
+    sharded, whole = (NamedSharding(make_mesh(), PartitionSpec(*spec)) for spec in (("data",), ()))
 
     def three_sums(x):  # each of 64 float32 on every device
         return jax.lax.fori_loop(0, 3, lambda i, total: total + jnp.sum(x * (total[0] + i), axis=0), jnp.zeros(64))
 
     x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=sharded)
     hlo = jax.jit(three_sums, out_shardings=whole).lower(x).compile().as_text()
-    assert plan.collective_bytes(hlo) == {"all-reduce": pytest.approx(3 * 64 * 4 * 2 * 7 / 8)}
+    assert collective_bytes(hlo) == {"all-reduce": pytest.approx(3 * 64 * 4 * 2 * 7 / 8)}
 
 
 def test_the_rings_traffic_is_counted():
     batch, width = 128, 32
-    x = jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=NamedSharding(MESH(), PartitionSpec("data")))
+    x = jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=NamedSharding(make_mesh(), PartitionSpec("data")))
     scale = jax.ShapeDtypeStruct((), jnp.float32)
-    loss = jax.value_and_grad(lambda *a: ring_clip_loss(*a, mesh=MESH(), axis="data"), argnums=(0, 1))
-    found = plan.collective_bytes(jax.jit(loss).lower(x, x, scale).compile().as_text())["collective-permute"]
+    loss = jax.value_and_grad(lambda *a: ring_clip_loss(*a, mesh=make_mesh(), axis="data"), argnums=(0, 1))
+    found = collective_bytes(jax.jit(loss).lower(x, x, scale).compile().as_text())["collective-permute"]
     rows = batch // 8
     forward = 7 * rows * width + 8 * rows * 2  # texts; the largest and the sum of every column, home again
     backward = 7 * rows * (width + 2) + 8 * rows * width  # texts with their log-sum-exp and count; gradients
@@ -93,11 +96,9 @@ def test_for_a_tpu_where_its_compiler_is():
 
 
 def test_the_predicted_bytes_of_the_losses_are_the_compilers():
-    from clip_jax.losses import clip_loss, predicted_bytes
-
     batch, width = 2048, 64
     predicted = predicted_bytes(batch, width, 1, "cpu")
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    mesh = make_mesh(1)
     forms = {"plain": clip_loss, "ring": lambda *a: ring_clip_loss(*a, mesh=mesh, axis="data")}
     x = np.zeros((batch, width), np.float32)
     for name, form in forms.items():

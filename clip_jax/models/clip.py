@@ -38,25 +38,20 @@ class CLIP(nnx.Module):
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = jnp.dtype(config.dtype)
-        activation, eps = config.activation, config.layer_norm_eps
         match config.vision:
             case SigLIPViTConfig():
-                self.vision = SigLIPViT(config.vision, activation, eps, dtype, rngs=rngs)
+                self.vision = SigLIPViT(config, rngs=rngs)
             case ViTConfig():
-                self.vision = ViT(config.vision, config.embedding, activation, eps, dtype, rngs=rngs)
+                self.vision = ViT(config, rngs=rngs)
             case ResNetConfig():
                 self.vision = ModifiedResNet(config.vision, config.embedding, dtype, rngs=rngs)
             case SmallResNetConfig():
                 self.vision = SmallResNet(config.vision, config.embedding, dtype, rngs=rngs)
         match config.text:
             case SigLIPTextConfig():
-                self.text = SigLIPText(config.text, config.embedding, activation, eps, dtype, rngs=rngs)
+                self.text = SigLIPText(config, rngs=rngs)
             case TextConfig():
-                self.text = TextTransformer(config.text, config.embedding, activation, eps, dtype, rngs=rngs)
-        for tower in ("vision", "text"):
-            if hasattr(getattr(self, tower, None), "transformer"):
-                transformer = getattr(self, tower).transformer
-                transformer.scan, transformer.remat = config.scan_layers, config.remat
+                self.text = TextTransformer(config, rngs=rngs)
         if config.vision:
             self.logit_scale = nnx.Param(jnp.float32(config.initial_logit_scale))
         if config.initial_logit_bias is not None:

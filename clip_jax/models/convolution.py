@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from clip_jax.sharding import along_batch
+from clip_jax.models.placement import along_batch
 
 
 def batch_norm(features: int, gain: float = 1.0, *, rngs: nnx.Rngs) -> nnx.BatchNorm:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.architectures import SigLIPTextConfig, SigLIPViTConfig
+from clip_jax.models.architectures import CLIPConfig
 from clip_jax.models.text import TextTower
 from clip_jax.models.transformer import MLP, LayerNorm, Linear, Transformer
 from clip_jax.models.vit import patches
@@ -18,7 +18,8 @@ from clip_jax.models.vit import patches
 class SigLIPViT(nnx.Module):
     """Images to features of the shared space."""
 
-    def __init__(self, config: SigLIPViTConfig, activation: str, eps: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, model: CLIPConfig, *, rngs: nnx.Rngs):
+        config, dtype, eps = model.vision, jnp.dtype(model.dtype), model.layer_norm_eps
         width = config.width
         self.patch_size = config.patch_size
         inputs = config.patch_size**2 * 3
@@ -26,11 +27,9 @@ class SigLIPViT(nnx.Module):
         self.patch_embedding = Linear(inputs, width, dtype=dtype, kernel_init=init, rngs=rngs)
         positions = width**-0.5 * jax.random.normal(rngs.params(), (config.grid**2, width))
         self.position_embedding = nnx.Param(positions)
-        self.transformer = Transformer(
-            width, config.layers, config.heads, config.mlp_ratio, activation, eps, causal=False, dtype=dtype, rngs=rngs
-        )
+        self.transformer = Transformer(config, model, causal=False, rngs=rngs)
         self.ln_post = LayerNorm(width, eps, rngs=rngs)
-        self.pool = AttentionPool(width, config.heads, config.mlp_ratio, activation, eps, dtype, rngs=rngs)
+        self.pool = AttentionPool(width, config.heads, config.mlp_ratio, model.activation, eps, dtype, rngs=rngs)
         self.dtype = dtype
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
@@ -84,12 +83,10 @@ class AttentionPool(nnx.Module):
 class SigLIPText(TextTower):
     """Token ids to features of the shared space."""
 
-    def __init__(
-        self, config: SigLIPTextConfig, embedding: int, activation: str, eps: float, dtype: jnp.dtype, *, rngs: nnx.Rngs
-    ):
-        super().__init__(config, activation, eps, False, dtype, rngs=rngs)
-        init = nnx.initializers.normal(config.width**-0.5)
-        self.projection = Linear(config.width, embedding, dtype=dtype, kernel_init=init, rngs=rngs)
+    def __init__(self, model: CLIPConfig, *, rngs: nnx.Rngs):
+        super().__init__(model, causal=False, rngs=rngs)
+        width, init = model.text.width, nnx.initializers.normal(model.text.width**-0.5)
+        self.projection = Linear(width, model.embedding, dtype=self.dtype, kernel_init=init, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  T is the context length: the last token is read, padding or not."""

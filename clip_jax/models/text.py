@@ -4,26 +4,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.architectures import TextConfig
+from clip_jax.models.architectures import CLIPConfig
+from clip_jax.models.placement import whole
 from clip_jax.models.transformer import LayerNorm, Transformer
-from clip_jax.sharding import whole
 
 
 class TextTower(nnx.Module):
     """Tokens + positions -> blocks -> ln_final: what CLIP's text tower and SigLIP's have in common."""
 
-    def __init__(
-        self, config: TextConfig, activation: str, eps: float, causal: bool, dtype: jnp.dtype, *, rngs: nnx.Rngs
-    ):
-        width, normal = config.width, nnx.initializers.normal
+    def __init__(self, model: CLIPConfig, causal: bool, *, rngs: nnx.Rngs):
+        config, width, normal = model.text, model.text.width, nnx.initializers.normal
         tokens = normal(config.token_embedding_std)(rngs.params(), (config.vocabulary_size, width))
         self.token_embedding = nnx.Param(tokens)
         self.position_embedding = nnx.Param(normal(0.01)(rngs.params(), (config.context_length, width)))
-        self.transformer = Transformer(
-            width, config.layers, config.heads, config.mlp_ratio, activation, eps, causal, dtype, rngs=rngs
-        )
-        self.ln_final = LayerNorm(width, eps, rngs=rngs)
-        self.dtype = dtype
+        self.transformer = Transformer(config, model, causal, rngs=rngs)
+        self.ln_final = LayerNorm(width, model.layer_norm_eps, rngs=rngs)
+        self.dtype = jnp.dtype(model.dtype)
 
     def hidden_states(self, tokens: Int[Array, "B T"], layer: int, final_layer_norm: bool) -> Float[Array, "B T D"]:
         """After `layer` blocks, in float32."""
@@ -39,13 +35,11 @@ class TextTower(nnx.Module):
 class TextTransformer(TextTower):
     """Token ids to features of the shared space."""
 
-    def __init__(
-        self, config: TextConfig, embedding: int, activation: str, eps: float, dtype: jnp.dtype, *, rngs: nnx.Rngs
-    ):
-        super().__init__(config, activation, eps, True, dtype, rngs=rngs)
-        if embedding:
-            init = nnx.initializers.normal(config.width**-0.5)
-            self.projection = nnx.Param(init(rngs.params(), (config.width, embedding)))
+    def __init__(self, model: CLIPConfig, *, rngs: nnx.Rngs):
+        super().__init__(model, causal=True, rngs=rngs)
+        if model.embedding:
+            init = nnx.initializers.normal(model.text.width**-0.5)
+            self.projection = nnx.Param(init(rngs.params(), (model.text.width, model.embedding)))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  T is at most the context length."""

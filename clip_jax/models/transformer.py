@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import UserError
-from clip_jax.sharding import along_batch
+from clip_jax.models.architectures import CLIPConfig, TextConfig, ViTConfig
+from clip_jax.models.placement import along_batch
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -130,24 +131,10 @@ class Transformer(nnx.Module):
     less of a 12-layer tower, and for 40 % less of a 2-layer one.
     """
 
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_ratio: float,
-        activation: str,
-        eps: float,
-        causal: bool,
-        dtype: jnp.dtype,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.causal = causal
-        self.scan, self.remat = False, "none"  # CLIPConfig.scan_layers and remat, set by CLIP
-        self.blocks = nnx.List(
-            [Block(width, heads, mlp_ratio, activation, eps, layers, dtype, rngs=rngs) for _ in range(layers)]
-        )
+    def __init__(self, tower: ViTConfig | TextConfig, model: CLIPConfig, causal: bool, *, rngs: nnx.Rngs):
+        self.causal, self.scan, self.remat = causal, model.scan_layers, model.remat
+        sizes = tower.width, tower.heads, tower.mlp_ratio, model.activation, model.layer_norm_eps, tower.layers
+        self.blocks = nnx.List([Block(*sizes, jnp.dtype(model.dtype), rngs=rngs) for _ in range(tower.layers)])
 
     def __call__(self, x: Float[Array, "B N D"], position: Int[Array, "B"]) -> Float[Array, "B D"]:
         x = self.hidden_states(x, -2)

@@ -8,16 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from clip_jax.models.architectures import ViTConfig
+from clip_jax.models.architectures import CLIPConfig
 from clip_jax.models.transformer import LayerNorm, Linear, Transformer
 
 
 class ViT(nnx.Module):
     """Images to features of the shared space."""
 
-    def __init__(
-        self, config: ViTConfig, embedding: int, activation: str, eps: float, dtype: jnp.dtype, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, model: CLIPConfig, *, rngs: nnx.Rngs):
+        config, dtype, eps = model.vision, jnp.dtype(model.dtype), model.layer_norm_eps
         width, scale = config.width, config.width**-0.5
         normal = lambda *shape: scale * jax.random.normal(rngs.params(), shape)
         self.patch_size = config.patch_size
@@ -33,19 +32,9 @@ class ViT(nnx.Module):
         self.class_embedding = nnx.Param(normal(width))
         self.position_embedding = nnx.Param(normal(config.grid**2 + 1, width))
         self.ln_pre = LayerNorm(width, eps, rngs=rngs)
-        self.transformer = Transformer(
-            width,
-            config.layers,
-            config.heads,
-            config.mlp_ratio,
-            activation,
-            eps,
-            causal=False,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.transformer = Transformer(config, model, causal=False, rngs=rngs)
         self.ln_post = LayerNorm(width, eps, rngs=rngs)
-        self.projection = nnx.Param(normal(width, embedding))
+        self.projection = nnx.Param(normal(width, model.embedding))
         self.dtype = dtype
 
     def __call__(self, images: Float[Array, "B H W 3"], kept: Int[Array, "B K"] | None = None) -> Float[Array, "B E"]:
