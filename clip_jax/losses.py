@@ -4,9 +4,10 @@ Row i of `image_features` and row i of `text_features` are a pair.  Each loss ha
 
 - plain: the whole similarity matrix, as the papers write it.  Under `jax.jit` with the batch sharded over a
   mesh, B is the batch of all devices, and XLA adds the all-gathers;
-- ring: the texts travel around the ring of devices, and each device compares its images with those that visit,
+- ring: the texts travel around a ring of devices, and each device compares its images with those that visit,
   a block of the matrix at a time.  Gradients recompute the blocks, so that no more than one is ever held, and
-  memory grows with a device's own part of the batch alone.
+  memory grows with a device's own part of the batch alone.  Many devices form several rings: each then holds
+  the images of its neighbours in the others too, and texts travel around one ring only.
 
 Products are taken in the type of the features, and everything else in float32.
 """
@@ -29,6 +30,10 @@ BLOCK = {"cpu": 1024, "gpu": 8192, "tpu": 2048}
 
 # Up to here the plain form is taken, which does without the recomputation: three matrix products instead of four.
 PLAIN_BYTES = 2**28
+
+# The images of so many bytes, its neighbours' and its own, a device may hold in the ring form.  N rings of M devices send
+# (N + M) / (N M) of what one ring of all sends.
+NEIGHBOURS_BYTES = 2**26
 
 # In the place of a logit that does not exist.  A finite one, so that no difference of two is NaN.
 NONE = -1e30
@@ -121,9 +126,10 @@ def predicted_bytes(batch: int, embedding: int, devices: int, platform: str) -> 
     rows = batch // devices
     block = min(rows, BLOCK[platform])
     travelling = 4 if devices > 1 else 0  # the features and gradients that are here, and those that come
+    neighbours = 2 * rings if (rings := _rings(devices, 4 * rows * embedding)) > 1 else 0  # features and gradients
     return {
         "plain": 4 * 2 * rows * batch,  # the logits, and their gradient
-        "ring": 4 * (3 * block * block + (2 + travelling) * rows * embedding),
+        "ring": 4 * (3 * block * block + (2 + travelling + neighbours) * rows * embedding),
     }
 
 
@@ -158,7 +164,8 @@ def _softmax_forward(sides: dict, scale: Scalar, mesh: Mesh, axis: tuple[str, ..
         if grouped:
             count, positive = row["count"], row["positive"] / row["count"]
         else:
-            count, positive = jnp.ones(batch), scale * _pairs(images, texts)
+            pairs = images["x"].astype(jnp.float32) * texts["x"].astype(jnp.float32)
+            count, positive = jnp.ones(batch), scale * jnp.sum(pairs, axis=1)
         loss = jax.lax.pmean(jnp.mean((row_lse + column_lse) / 2 - positive), axis)
         return loss, images | {"lse": row_lse, "count": count}, texts | {"lse": column_lse}
 
@@ -255,8 +262,7 @@ def _sigmoid_forward(sides: dict, scale: Scalar, bias: Scalar, mesh: Mesh, axis:
 def _sigmoid_backward(mesh: Mesh, axis: tuple[str, ...], residuals, cotangent: Scalar):
     sides, (rows, columns, of_scale, of_bias) = residuals
     images, texts = sides["images"], sides["texts"]
-    scaled = ((cotangent * g).astype(side["x"].dtype) for g, side in ((rows, images), (columns, texts)))
-    rows, columns = scaled
+    rows, columns = ((cotangent * g).astype(side["x"].dtype) for g, side in ((rows, images), (columns, texts)))
     return _like(images, rows, texts, columns), cotangent * of_scale, cotangent * of_bias
 
 
@@ -282,8 +288,14 @@ def _axes(axis: str | tuple[str, ...]) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else axis
 
 
+def _rings(devices: int, size: int) -> int:
+    """How many rings the devices form: at most as many as a ring has members, each with images of `size` bytes."""
+    possible = (n for n in range(1, devices + 1) if devices % n == 0 and n * n <= devices and n * size <= NEIGHBOURS_BYTES)
+    return max(possible, default=1)
+
+
 def _ring(axis: tuple[str, ...], mesh: Mesh, block: Callable, images: dict, rows: dict, texts: dict, columns: dict):
-    """Every device's texts visit every device, and their columns with them, until these are home again.
+    """Texts visit the devices of their ring, and their columns with them, until these are home again.
 
     Args:
       block: (images, rows, texts, columns) -> (rows, columns), of one block.
@@ -292,11 +304,16 @@ def _ring(axis: tuple[str, ...], mesh: Mesh, block: Callable, images: dict, rows
       rows and columns, over all blocks.
     """
     batch, devices = len(images["x"]), jax.lax.axis_size(axis)
+    rings = _rings(devices, images["x"].nbytes)
     size = min(batch, BLOCK[mesh.devices.flat[0].platform])
     images, rows, texts, columns = (_in_blocks(side, size) for side in (images, rows, texts, columns))
     if batch % size:
         valid = _in_blocks(jnp.ones(batch, bool), size)
         images, texts = images | {"valid": valid}, texts | {"valid": valid}
+    if rings > 1:
+        neighbours = [list(range(first, first + rings)) for first in range(0, devices, rings)]
+        gather = functools.partial(jax.lax.all_gather, axis_name=axis, axis_index_groups=neighbours, tiled=True)
+        images, rows = jax.tree.map(gather, images), jax.tree.map(lambda x: jnp.concatenate([x] * rings), rows)
 
     def visit(rows, texts, columns):
         def with_texts(rows, text_and_column):
@@ -317,14 +334,27 @@ def _ring(axis: tuple[str, ...], mesh: Mesh, block: Callable, images: dict, rows
         rows, columns = visit(rows, texts, columns)
         return rows, following, to_next(columns)
 
-    next_device = [(i, (i + 1) % devices) for i in range(devices)]
+    next_device = [(i, (i + rings) % devices) for i in range(devices)]
     to_next = lambda tree: jax.tree.map(lambda x: jax.lax.ppermute(x, axis, next_device), tree)
     if devices > 1:
-        rows, texts, columns = jax.lax.fori_loop(0, devices - 1, turn, (rows, texts, columns))
+        rows, texts, columns = jax.lax.fori_loop(0, devices // rings - 1, turn, (rows, texts, columns))
     rows, columns = visit(rows, texts, columns)
     if devices > 1:
         columns = to_next(columns)
+    if rings > 1:
+        rows = _reduce_scatter(rows, axis, neighbours)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:batch], (rows, columns))
+
+
+def _reduce_scatter(rows: dict, axis: tuple[str, ...], neighbours: list[list[int]]) -> dict:
+    """To each device the rows of its own images, from what its neighbours and itself found for all of theirs."""
+    own = {}
+    if "max" in rows:
+        rings, largest = len(neighbours[0]), jax.lax.pmax(rows["max"], axis, axis_index_groups=neighbours)
+        rows = rows | {"sum": rows["sum"] * jnp.exp(rows.pop("max") - largest)}
+        own["max"] = largest.reshape(rings, -1, largest.shape[-1])[jax.lax.axis_index(axis) % rings]
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name=axis, axis_index_groups=neighbours, tiled=True)
+    return own | jax.tree.map(scatter, rows)
 
 
 def _in_blocks(side: Any, size: int) -> Any:
@@ -351,10 +381,6 @@ def _masked(block: Float[Array, "I T"], image: dict, text: dict, fill: float = N
 def _same(image: dict, text: dict) -> Array:
     same = image["group"][:, None] == text["group"][None, :]
     return same & image["valid"][:, None] & text["valid"][None, :] if "valid" in image else same
-
-
-def _pairs(images: dict, texts: dict) -> Array:
-    return jnp.sum(images["x"].astype(jnp.float32) * texts["x"].astype(jnp.float32), axis=1)
 
 
 def _add_exponentials(side: dict, logits: Float[Array, "I T"], axis: int) -> dict:

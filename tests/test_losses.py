@@ -1,3 +1,4 @@
+import math
 import re
 
 import jax
@@ -88,10 +89,13 @@ def in_float64(kind: str, images: np.ndarray, texts: np.ndarray, groups: np.ndar
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["pairs", "groups"])
-@pytest.mark.parametrize("devices, batch", [(1, 64), (1, 37), (2, 64), (2, 74), (8, 128), (8, 152)])
+@pytest.mark.parametrize(
+    "devices, batch, rings", [(1, 64, 1), (1, 37, 1), (2, 64, 1), (2, 74, 1), (6, 66, 2), (8, 128, 1), (8, 128, 2), (8, 152, 2)]
+)
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_ring_equals_plain_and_float64(kind, devices, batch, grouped, monkeypatch):
+def test_ring_equals_plain_and_float64(kind, devices, batch, rings, grouped, monkeypatch):
     monkeypatch.setitem(losses.BLOCK, "cpu", 16)  # several blocks a device, the last not full
+    monkeypatch.setattr(losses, "NEIGHBOURS_BYTES", rings * batch // devices * 32 * 4)
     images, texts = features(3, batch), features(4, batch)
     groups = np.random.default_rng(5).integers(0, batch // 3, batch) if grouped else np.arange(batch)
     arguments = [jnp.float32(x) for x in (images, texts, SCALE, BIAS)][: 4 if kind == "siglip" else 3]
@@ -129,7 +133,7 @@ def test_the_ring_takes_bfloat16_features_and_gives_such_gradients():
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_the_ring_never_holds_the_matrix_nor_gathers_the_features(kind):
+def test_the_ring_holds_neither_the_matrix_nor_all_features(kind):
     batch, mesh = 1024, ring_mesh(8)
     of_batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXES))
     x = jax.ShapeDtypeStruct((batch, 32), jnp.float32, sharding=of_batch)
@@ -141,6 +145,7 @@ def test_the_ring_never_holds_the_matrix_nor_gathers_the_features(kind):
 
     whole = re.compile(rf"f32\[(?:{batch},\d+|\d+,{batch}|{batch // 8},{batch}|{batch},{batch // 8})\]")
     ring = text(lambda *a: RING[kind](*a, mesh=mesh, axis=AXES))
-    assert "collective-permute" in ring and "all-gather" not in ring
+    gathered = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* all-gather", ring)]
+    assert "collective-permute" in ring and max(gathered) == 2 * batch // 8 * 32  # of two devices, in two rings of four
     assert not whole.search(ring)
     assert whole.search(text(PLAIN[kind]))  # the search finds it where it is

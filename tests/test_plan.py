@@ -35,11 +35,16 @@ def test_the_rings_traffic_is_counted():
     x = jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=NamedSharding(make_mesh(), PartitionSpec("data")))
     scale = jax.ShapeDtypeStruct((), jnp.float32)
     loss = jax.value_and_grad(lambda *a: ring_clip_loss(*a, mesh=make_mesh(), axis="data"), argnums=(0, 1))
-    found = collective_bytes(jax.jit(loss).lower(x, x, scale).compile().as_text())["collective-permute"]
-    rows = batch // 8
-    forward = 7 * rows * width + 8 * rows * 2  # texts; the largest and the sum of every column, home again
-    backward = 7 * rows * (width + 2) + 8 * rows * width  # texts with their log-sum-exp and count; gradients
-    assert found == pytest.approx(4 * (forward + backward), rel=0.03)
+    found = collective_bytes(jax.jit(loss).lower(x, x, scale).compile().as_text())
+    rows = batch // 8  # of each device, in two rings of four
+    forward = 3 * rows * width + 4 * rows * 2  # texts; the largest and the sum of every column, home again
+    backward = 3 * rows * (width + 1) + 4 * rows * width  # texts with their log-sum-exp; gradients
+    assert found == {
+        "collective-permute": 4 * (forward + backward),
+        "all-gather": 4 * rows * (width + 1),  # the neighbour's images, once, with their log-sum-exp
+        "all-reduce": 4 * (2 * rows + 2 * 7 / 8),  # the largest of the rows of two devices; the loss
+        "reduce-scatter": 4 * rows * (1 + width),  # the sum of every row; gradients
+    }
 
 
 @pytest.mark.parametrize("name, gflops", [("ViT-B/32", 8.8 + 6.0), ("ViT-L/14", 162.0 + 13.3), ("RN50", 11.6 + 6.0)])
