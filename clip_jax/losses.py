@@ -29,7 +29,7 @@ Groups = Int[Array, "B"]
 BLOCK = {"cpu": 1024, "gpu": 8192, "tpu": 2048}
 
 # Up to here the plain form is taken, which does without the recomputation: three matrix products instead of four.
-PLAIN_BYTES = 2**28
+PLAIN_BYTES = 2**26
 
 # The images of so many bytes, its neighbours' and its own, a device may hold in the ring form.  N rings of M devices send
 # (N + M) / (N M) of what one ring of all sends.
@@ -124,11 +124,13 @@ def ring_siglip_loss(
 def predicted_bytes(batch: int, embedding: int, devices: int, platform: str) -> dict[str, int]:
     """Temporary bytes a device that each form of the loss and its gradient takes, by its name."""
     rows = batch // devices
+    matrix = 2 * rows * batch  # the logits, and their gradient
+    gathered = batch * embedding if devices > 1 else 0  # the texts of all, and later also their gradient
     block = min(rows, BLOCK[platform])
     travelling = 4 if devices > 1 else 0  # the features and gradients that are here, and those that come
     neighbours = 2 * rings if (rings := _rings(devices, 4 * rows * embedding)) > 1 else 0  # features and gradients
     return {
-        "plain": 4 * 2 * rows * batch,  # the logits, and their gradient
+        "plain": 4 * max(matrix + gathered, 2 * gathered),
         "ring": 4 * (3 * block * block + (2 + travelling + neighbours) * rows * embedding),
     }
 

@@ -100,13 +100,15 @@ def test_for_a_tpu_where_its_compiler_is():
     assert "collective-permute" in result.stdout
 
 
-def test_the_predicted_bytes_of_the_losses_are_the_compilers():
-    batch, width = 2048, 64
-    predicted = predicted_bytes(batch, width, 1, "cpu")
-    mesh = make_mesh(1)
+@pytest.mark.parametrize("devices, width", [(1, 64), (8, 64), (8, 1024)])
+def test_the_predicted_bytes_of_the_losses_are_the_compilers(devices, width):
+    batch, mesh = 2048, make_mesh(devices)
+    predicted = predicted_bytes(batch, width, devices, "cpu")
     forms = {"plain": clip_loss, "ring": lambda *a: ring_clip_loss(*a, mesh=mesh, axis="data")}
-    x = np.zeros((batch, width), np.float32)
+    of_batch = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((batch, width), np.float32, sharding=of_batch)
     for name, form in forms.items():
-        compiled = jax.jit(jax.value_and_grad(form, argnums=(0, 1))).lower(x, x, np.float32(1)).compile()
-        found = compiled.memory_analysis().temp_size_in_bytes
-        assert 0.8 < predicted[name] / found < 3, (name, predicted[name], found)  # measured 1.0 and 2.2: on the safe side
+        step = jax.jit(jax.value_and_grad(form, argnums=(0, 1)), out_shardings=(None, (of_batch, of_batch)))
+        found = step.lower(x, x, np.float32(1)).compile().memory_analysis().temp_size_in_bytes
+        # Measured: plain 1.0; ring 2.2 on one device, which errs on the safe side, and 0.95 to 1.5 on eight.
+        assert 0.8 < predicted[name] / found < 3, (name, predicted[name], found)
