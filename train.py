@@ -3,6 +3,8 @@
     python train.py                                          # the embedded emoji set, on any machine
     python train.py --config=configs/X.py --workdir=DIR --config.field=value
 
+    python train.py ... --explain-step=1000                  # which samples that step saw
+
 The same command again goes on where the last one stopped.  docs/clusters.md tells how to run it on many hosts.
 """
 
@@ -13,11 +15,12 @@ import jax
 
 from clip_jax.checkpoint import Checkpoints
 from clip_jax.config import parse_command_line, validate
-from clip_jax.data import training_batches
+from clip_jax.data import explain_step, training_batches
 from clip_jax.distributed import is_first, join, on_every_host, wait_for_all
 from clip_jax.errors import run_program
 from clip_jax.evaluate import evaluate_emoji, format_table, write_results
 from clip_jax.figures import draw_figures
+from clip_jax.health import Health, ledger_of
 from clip_jax.memory import keep_freed_memory
 from clip_jax.metrics import MetricsLog
 from clip_jax.sharding import local_rows, make_mesh, put_batch
@@ -30,9 +33,13 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory()
 
     # Configuration
-    options, config = parse_command_line(arguments, {"config": str(DEFAULT_CONFIG), "workdir": "", "distributed": "auto"})
+    names = {"config": str(DEFAULT_CONFIG), "workdir": "", "distributed": "auto", "explain-step": ""}
+    options, config = parse_command_line(arguments, names)
     workdir = pathlib.Path(options["workdir"] or f"runs/{pathlib.Path(options['config']).stem}").expanduser()
     validate(config)
+    if options["explain-step"]:
+        print(explain_step(config, options["explain-step"]))
+        return
 
     # Devices: of this process, or of many
     join(options["distributed"])
@@ -41,7 +48,8 @@ def main(arguments: list[str]) -> None:
     say(loss_form(config, mesh)[1])
 
     # Data
-    batches = training_batches(config, local_rows(config.batch_size, mesh))
+    health = Health(ledger_of(workdir), config.data.max_bad)
+    batches = training_batches(config, local_rows(config.batch_size, mesh), health)
 
     # Model, loss and step
     init, step, abstract_state = make_train_step(config, mesh)

@@ -13,7 +13,7 @@ import runpy
 from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
-from clip_jax.images import Augmentation
+from clip_jax.augment import Augmentation
 from clip_jax.models import ARCHITECTURES, CLIPConfig
 from clip_jax.models.architectures import ResNetConfig, SmallResNetConfig, ViTConfig
 from clip_jax.tokenizer import VOCABULARY_SIZE
@@ -54,11 +54,14 @@ def default_config() -> ConfigDict:
                 "gradient_clip": 1.0,  # global norm
             },
             "data": {
-                # Folders of prepared TFDS sets in ArrayRecord, such as ~/tensorflow_datasets/coco_captions/2014/1.1.0
+                # Prepared TFDS sets, such as ~/tensorflow_datasets/coco_captions/2014/1.1.0; WebDataset's shards, such as
+                # s3://bucket/{00000..01233}.tar; tables .csv, .tsv, .jsonl, .parquet; folders of pictures; synthetic:COUNT
                 "sets": (),
-                "split": "train",
-                "image": "image",  # the field that holds a picture
-                "caption": "caption",  # the field that holds a text, or several, of which one is drawn
+                "weights": (),  # how often each set is drawn from; none: as often as it has records
+                "split": "train",  # of TFDS sets
+                "image": "image",  # the field that holds a picture, or in a table perhaps its path
+                "caption": ("caption",),  # fields that hold a text, or several, of which one is drawn
+                "caption_weights": (),  # how often each of these fields is drawn; none: all alike
                 # A field that says what a picture shows: pictures alike in it count as one example, of which
                 # one is drawn.  A batch then never holds the same thing twice, as a false negative.
                 "group": "",
@@ -70,8 +73,10 @@ def default_config() -> ConfigDict:
                 "template_rate": 0.0,  # ... with this probability
                 "augment": dataclasses.asdict(Augmentation()),  # documented there
                 "cache": False,  # keep all decoded pictures in memory
-                "threads": 16,  # that make batches ahead of time; 0: each when it is needed
-                "prefetch": 8,  # batches
+                "threads": 16,  # that decode; 0: the one that makes a batch
+                "prefetch": 2,  # batches that are made ahead of time; 0: each when it is needed
+                "max_bad": 0.01,  # share of samples that may be bad, and are skipped, before a run stops
+                "stall_seconds": 60.0,  # without a batch, after which the shards that are read are named
             },
         }
     )
@@ -219,7 +224,9 @@ def validate(config: ConfigDict) -> None:
         if config[name] < 1:
             raise UserError(f"config.{name} is {config[name]}, expected at least 1")
     if not config.data.sets:
-        raise UserError("config.data.sets is empty, expected the folder of at least one prepared TFDS set")
+        raise UserError("config.data.sets is empty, expected at least one set: a folder, a table, or shards")
+    if not config.data.caption:
+        raise UserError("config.data.caption is empty, expected the name of at least one field")
     if config.optimizer.warmup_steps >= config.total_steps:
         raise UserError(
             f"config.optimizer.warmup_steps {config.optimizer.warmup_steps} does not leave any of the "

@@ -1,50 +1,67 @@
-"""From prepared TFDS sets to batches: which pair comes when, and what is drawn for it.
+"""From records to batches: which pair comes when, what is drawn for it, and what is done about a bad one.
 
-A batch is a pure function of (seed, step).  One pass draws every example once, in a new order each
-time; what is left over at the end of a pass, less than a batch, is dropped, so that a batch never
-holds an example twice.  Grain makes the batches ahead of time, in threads, and keeps the position.
+A batch is a pure function of (seed, position), whatever the number of hosts, threads and processes that make it.
+Grain makes the batches ahead of time, and a checkpoint keeps the position.
 """
 
+import concurrent.futures
 import functools
-import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 import PIL.Image
-import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from clip_jax import images
-from clip_jax.errors import UserError
+from clip_jax import augment
+from clip_jax.errors import BadSample, UserError
+from clip_jax.health import Health, Report, watched
+from clip_jax.order import Order
+from clip_jax.records import Place, Record, Records, missing_field, open_records
 from clip_jax.tokenizer import tokenize
 
+ATTEMPTS = 100  # samples that are tried for one row
+CAPTION_DRAWS = 9  # random numbers that one caption takes
+KEYWORDS = 3  # at most, in a caption
 
-class Records:
-    """Random access to the records of prepared TFDS sets, one set after the other, pictures still encoded."""
 
-    def __init__(self, folders: tuple[str, ...], split: str):
-        self.folders = folders
-        self.split = split
-        self.parts = [_open_set(folder, split) for folder in folders]
+class Sample(NamedTuple):
+    """A record, read and decoded."""
+
+    picture: augment.Picture
+    captions: dict[str, list[str]]  # by field, those that are not empty
+    keywords: list[str]
+
+
+class Sets:
+    """The records of several sets, one set after the other."""
+
+    def __init__(self, data: ConfigDict):
+        fields = tuple(filter(None, (data.image, *data.caption, data.group, data.keywords)))
+        self.parts: list[Records] = [open_records(name, data.split, fields) for name in data.sets]
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.broken = [broken for part in self.parts for broken in part.broken]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        part, place = self._locate(index)
-        return self.parts[part][place]
+    def read(self, indices: Sequence[int]) -> list[Record | BadSample]:
+        """Some records, those of one set at once."""
+        found: dict[int, Record | BadSample] = {}
+        for part, members in itertools.groupby(sorted(set(indices)), self._part):
+            members = list(members)
+            found |= zip(members, self.parts[part].read([index - int(self.starts[part]) for index in members]))
+        return [found[index] for index in indices]
 
-    def where(self, index: int) -> str:
-        """Names a record, for errors."""
-        part, place = self._locate(index)
-        return f"{self.folders[part]} split {self.split} record {place}"
+    def place(self, index: int) -> Place:
+        part = self._part(index)
+        return self.parts[part].place(index - int(self.starts[part]))
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return part, int(index - self.starts[part])
+    def _part(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
 
 
 def texts(value: Any) -> list[str]:
@@ -54,126 +71,239 @@ def texts(value: Any) -> list[str]:
     return [text for text in stripped if text]
 
 
-def _open_set(folder: str, split: str):
-    path = pathlib.Path(folder).expanduser()
-    if not (path / "dataset_info.json").is_file():
-        found = "no such folder" if not path.is_dir() else "no dataset_info.json in it"
-        raise UserError(f"data set {folder}: expected the folder of a prepared TFDS set, found {found}; see config.data.sets")
-    builder = tfds.builder_from_directory(path)
-    if split not in builder.info.splits:
-        known = ", ".join(builder.info.splits) or "none"
-        raise UserError(f"data set {folder}: no split {split!r}; the splits are {known}; see config.data.split")
-    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise UserError(
-            f"data set {folder}: expected ArrayRecord files, found {builder.info.file_format.value}; "
-            "prepare it again with file_format='array_record'"
-        )
-    if not builder.info.splits[split].num_examples:
-        raise UserError(f"data set {folder}: split {split!r} is empty, expected at least one record")
-    pictures = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
-    return builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in pictures})
-
-
 class TrainingBatches:
-    """Random access to the endless batches of a run, by step; or to some rows of each, on one of several hosts."""
+    """Random access to the endless batches of a run; or to some rows of each, on one of several hosts."""
 
-    def __init__(self, config: ConfigDict, rows: Sequence[int] | None = None):
+    def __init__(self, config: ConfigDict, rows: Sequence[int] | None = None, position: int = 0):
+        """Batch 0 begins at `position` of the order."""
         data = config.data
-        self.records = Records(data.sets, data.split)
-        self.data = data
-        self.seed = config.seed
-        self.batch_size = config.batch_size
-        self.rows = range(self.batch_size) if rows is None else rows
-        self.augmentation = images.Augmentation(**data.augment)
+        self.data, self.seed, self.batch_size, self.position = data, config.seed, config.batch_size, position
+        self.rows = list(range(self.batch_size) if rows is None else rows)
+        self.strength = augment.Augmentation(**data.augment)
         self.image_size = config.model.vision.image_size
         self.context_length = config.model.text.context_length
-        for field in filter(None, (data.image, data.caption, data.group, data.keywords)):
-            if field not in self.records[0]:
-                raise UserError(
-                    f"{self.records.where(0)}: no field {field!r}; the fields are {', '.join(self.records[0])}; "
-                    "see config.data.image, caption, group and keywords"
-                )
+        weights = data.caption_weights or (1.0,) * len(data.caption)
+        if len(weights) != len(data.caption) or min(weights, default=0) <= 0:
+            raise UserError(
+                f"config.data.caption_weights is {weights}, expected a number above zero for each of config.data.caption {data.caption}"
+            )
+        self.caption_weights = dict(zip(data.caption, weights))
+        self.records = Sets(data)
         # An example is a record, or a group of records that show the same thing.
-        groups = {}
-        for index in range(len(self.records)):
-            key = texts(self.records[index][data.group])[0] if data.group else index
-            groups.setdefault(key, []).append(index)
-        self.examples = list(groups.values())
-        if len(self.examples) < self.batch_size:
+        self.groups, sizes = self._groups() if data.group else (None, [len(part) for part in self.records.parts])
+        self.order = Order(sizes, data.weights, config.seed)
+        if sum(sizes) < self.batch_size:
             raise UserError(
                 f"config.batch_size is {self.batch_size}, but {', '.join(data.sets)} split {data.split} has "
-                f"{len(self.examples)} examples, expected at least one batch; lower config.batch_size"
+                f"{sum(sizes)} examples, expected at least one batch; lower config.batch_size"
             )
-        self._order = functools.lru_cache(maxsize=2)(self._order)
-        if data.cache:
-            self._read = functools.cache(self._read)
+        self.cache: dict[int, Sample | BadSample] | None = {} if data.cache else None
+        self.reading: list[str] = []  # for the watchdog: the shards of the reads that are under way
 
     def __len__(self) -> int:
         return 2**62  # Grain wants to know; a run ends by its number of steps.
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step, from 0: `image` uint8 [B, S, S, 3] and `tokens` int32 [B, T].
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """A batch: `image` uint8 [B, S, S, 3], `tokens` int32 [B, T], and a `report` of how it came about.
 
-        Every host draws for the whole batch, so that it is the same batch on any number of hosts.
+        Random numbers are drawn for the rows of all hosts, so that each row has its own on any number of them.
         """
-        batches_a_pass = len(self.examples) // self.batch_size
-        past, place = divmod(int(step), batches_a_pass)
-        drawn = self._order(past)[place * self.batch_size : (place + 1) * self.batch_size]
-        rng = np.random.default_rng((self.seed, 1, step))
-        members = rng.random(self.batch_size)
-        pictures, captions, own = [], [], set(self.rows)
-        for row, (example, member) in enumerate(zip(drawn, members, strict=True)):
-            group = self.examples[example]
-            index = group[int(member * len(group))]
-            if row not in own:
-                self._caption([""], self._keywords(self.records[index]) if self.data.keywords else [], rng)
-                continue
-            picture, captions_of_it, keywords = self._read(index)
-            pictures.append(picture)
-            captions.append(self._caption(captions_of_it, keywords, rng))
-        draws = images.augmentation_draws(self.batch_size, rng)[list(self.rows)]
-        pixels = images.augment(pictures, self.image_size, self.augmentation, draws)
+        start = self.start_of(number)
+        rng = np.random.default_rng((self.seed, 1, start))
+        member, caption = rng.random(self.batch_size)[self.rows], rng.random((self.batch_size, CAPTION_DRAWS))[self.rows]
+        views = rng.random((self.batch_size, augment.DRAWS), np.float32)[self.rows]
+        report = Report(seen=len(self.rows))
+        samples = self._samples(start, member, report)
+        started = time.perf_counter()
+        view = lambda sample, draws: augment.augment(sample.picture, self.image_size, self.strength, draws)
+        pixels = np.stack(self._map(view, samples, views))
+        captions = [self._caption(sample, draws.tolist()) for sample, draws in zip(samples, caption)]
         # As OpenAI trained: a caption that is too long loses its end, and keeps its EOT.
-        return {"image": pixels, "tokens": tokenize(captions, self.context_length, truncate=True)}
+        tokens = tokenize(captions, self.context_length, truncate=True)
+        report.seconds["decode"] += time.perf_counter() - started
+        return {"image": pixels, "tokens": tokens, "report": report}
 
-    def _order(self, past: int) -> np.ndarray:
-        """The order of the examples in the pass after `past` others."""
-        return np.random.default_rng((self.seed, 0, past)).permutation(len(self.examples))
+    def start_of(self, number: int) -> int:
+        """The position at which a batch begins."""
+        return self.order.start(self.order.after(self.position, self.batch_size, int(number)), self.batch_size)
 
-    def _read(self, index: int) -> tuple[PIL.Image.Image, list[str], list[str]]:
-        """The picture, the captions and the keywords of a record."""
-        record, where = self.records[index], self.records.where(index)
-        captions = texts(record[self.data.caption])
+    def indices(self, number: int) -> list[int]:
+        """The records of a batch's rows, were all of them good."""
+        start = self.start_of(number)
+        member = np.random.default_rng((self.seed, 1, start)).random(self.batch_size)
+        return [self._index(self.order.example(start + row), member[row]) for row in self.rows]
+
+    def _index(self, example: int, member: float) -> int:
+        if self.groups is None:
+            return example
+        group = self.groups[example]
+        return group[int(member * len(group))]
+
+    def _samples(self, start: int, member: np.ndarray, report: Report) -> list[Sample]:
+        """A good sample for each row.  The place of a bad one goes to another of its set, drawn at random."""
+        examples = [self.order.example(start + row) for row in self.rows]
+        found: list[Sample | None] = [None] * len(self.rows)
+        for attempt in range(ATTEMPTS):
+            open_rows = [i for i, sample in enumerate(found) if sample is None]
+            indices = [self._index(examples[i], member[i]) for i in open_rows]
+            for i, index, sample in zip(open_rows, indices, self._read(indices, report)):
+                if isinstance(sample, Sample):
+                    found[i] = sample
+                    continue
+                report.bad.append((self.records.place(index), sample.reason, str(sample)))
+                draw = np.random.default_rng((self.seed, 2, start, self.rows[i], attempt))
+                own_set = self.order.set_of(examples[i])
+                examples[i] = own_set[int(draw.integers(len(own_set)))]
+            if all(sample is not None for sample in found):
+                return found
+            if len(report.bad) == len(self.rows) * (attempt + 1) >= 64:
+                break
+        raise UserError(report.nothing_good())
+
+    def _read(self, indices: list[int], report: Report) -> list[Sample | BadSample]:
+        """Records, read together and decoded in threads."""
+        if self.cache is not None and all(index in self.cache for index in indices):
+            return [self.cache[index] for index in indices]
+        started = time.perf_counter()
+        self.reading = sorted({self.records.place(index).shard for index in indices})
+        records = self.records.read(indices)
+        self.reading = []
+        read = time.perf_counter()
+        samples = self._map(self._sample, indices, records)
+        report.seconds["read"] += read - started
+        report.seconds["decode"] += time.perf_counter() - read
+        if self.cache is not None:
+            self.cache |= zip(indices, samples)
+        return samples
+
+    def _map(self, function: Callable, *arguments: Sequence | np.ndarray) -> list:
+        """`map`, in so many threads as configured, a stretch of rows in each."""
+        threads, count = self.data.threads, len(arguments[0])
+        if not threads:
+            return list(map(function, *arguments))
+        bounds = np.linspace(0, count, min(4 * threads, count) + 1).astype(int).tolist()
+        stretch = lambda first, end: list(map(function, *(argument[first:end] for argument in arguments)))
+        return list(itertools.chain.from_iterable(_pool(threads).map(stretch, bounds[:-1], bounds[1:])))
+
+    def _sample(self, index: int, record: Record | BadSample) -> Sample | BadSample:
+        if isinstance(record, BadSample):
+            return record
+        place, data = self.records.place(index), self.data
+        for field in filter(None, (data.image, data.group, data.keywords)):
+            if field not in record:
+                return missing_field(place, field, list(record))
+        fields = [field for field in data.caption if field in record]
+        if not fields:
+            return missing_field(place, data.caption[0], list(record))
+        try:
+            captions = {field: found for field in fields if (found := texts(record[field]))}
+            keywords = texts(record[data.keywords]) if data.keywords else []
+        except UnicodeDecodeError as error:
+            return BadSample("wrong encoding", f"{place}: expected a text in UTF-8 ({error}); mend or remove this record")
         if not captions:
-            raise UserError(
-                f"{where} field {self.data.caption!r}: expected a caption, found an empty one; mend or remove this record"
-            )
-        image = images.decode(record[self.data.image], f"{where} field {self.data.image!r}")
+            where = f"{place} field {', '.join(map(repr, fields))}"
+            return BadSample("empty caption", f"{where}: expected a caption, found an empty one; mend or remove this record")
+        size = 0 if data.cache else augment.decoded_size(self.image_size, self.strength)
+        try:
+            picture = augment.decode(record[data.image], f"{place} field {data.image!r}", size)
+        except BadSample as bad:
+            return bad
+        except MemoryError as error:
+            return BadSample("too large", f"{place}: {error}")
         if self.data.cache:  # In memory no pixel is kept that training would not see.
-            image = images.premultiplied(image) if images.has_alpha(image) else image.convert("RGB")
-            image = image.resize((self.image_size, self.image_size), PIL.Image.BICUBIC)
-        return image, captions, self._keywords(record)
+            height, width, channels = picture.shape
+            whole = PIL.Image.frombytes("RGBa" if channels == 4 else "RGB", (width, height), picture.tobytes())
+            picture = np.asarray(whole.resize((self.image_size, self.image_size), PIL.Image.BICUBIC))
+        return Sample(picture, captions, keywords)
 
-    def _keywords(self, record: dict[str, Any]) -> list[str]:
-        return texts(record[self.data.keywords]) if self.data.keywords else []
+    def _groups(self) -> tuple[list[list[int]], list[int]]:
+        """The records that are alike in `group`, and how many such examples each set begins."""
+        found: dict[str, list[int]] = {}
+        sizes = []
+        for part, first in zip(self.records.parts, self.records.starts.tolist()):
+            before = len(found)
+            for index, record in enumerate(part.read(range(len(part))), first):
+                if isinstance(record, BadSample) or self.data.group not in record:
+                    bad = record if isinstance(record, BadSample) else missing_field(self.records.place(index), self.data.group, list(record))
+                    raise bad
+                found.setdefault(texts(record[self.data.group])[0], []).append(index)
+            sizes.append(len(found) - before)
+        return list(found.values()), sizes
 
-    def _caption(self, captions: list[str], keywords: list[str], rng: np.random.Generator) -> str:
-        which, kind, both, whether, template = rng.random(5).tolist()
-        caption = captions[int(which * len(captions))]
-        data = self.data
-        if keywords and kind < data.keyword_rate:
-            drawn = list(rng.permutation(keywords)[: rng.integers(1, 4)])
+    def _caption(self, sample: Sample, draws: list[float]) -> str:
+        field_draw, which, kind, both, whether, template, count, *keyword_draws = draws
+        captions = sample.captions[_weighted({name: self.caption_weights[name] for name in sample.captions}, field_draw)]
+        caption, data = captions[int(which * len(captions))], self.data
+        if sample.keywords and kind < data.keyword_rate:
+            left, drawn = list(sample.keywords), []
+            for draw in [*keyword_draws, count][: 1 + int(count * KEYWORDS)]:
+                if left:
+                    drawn.append(left.pop(int(draw * len(left))))
             return ", ".join([caption, *drawn] if both < 0.5 else drawn)
         if whether < data.template_rate:
             return data.templates[int(template * len(data.templates))].format(caption)
         return caption
 
 
-def training_batches(config: ConfigDict, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches, or these `rows` of each: `image` uint8 [B, S, S, 3] and `tokens` int32 [B, T].
+def _weighted(weights: dict[str, float], draw: float) -> str:
+    """One of the names, as likely as its weight says."""
+    reached, total = 0.0, sum(weights.values())
+    for name, weight in weights.items():
+        reached += weight / total
+        if draw < reached:
+            return name
+    return name
 
-    The iterator has `get_state()` and `set_state()`: the position, a small dictionary, whose
-    restoring costs the same at any step.
-    """
-    options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.prefetch)
-    return iter(grain.MapDataset.source(TrainingBatches(config, rows)).to_iter_dataset(options))
+
+@functools.cache
+def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(threads, "decode")
+
+
+def explain_step(config: ConfigDict, step: str) -> str:
+    """The samples of a step, counted from 1, a line each: row, shard and key; of a run with this batch size from the start."""
+    if not step.isdigit() or not int(step):
+        raise UserError(f"--explain-step={step}: expected the number of a step, from 1")
+    batches = TrainingBatches(config)
+    places = [batches.records.place(index) for index in batches.indices(int(step) - 1)]
+    return "\n".join(f"{row}\t{place.shard}\t{place.key}" for row, place in enumerate(places))
+
+
+class Batches:
+    """Endless batches: `image` uint8 [B, S, S, 3] and `tokens` int32 [B, T], made ahead of time."""
+
+    def __init__(self, config: ConfigDict, rows: Sequence[int] | None, health: Health):
+        self.config, self.rows, self.health = config, rows, health
+        self.source = TrainingBatches(config, rows)
+        health.broken(self.source.records.broken)
+        self._go_on(0)
+
+    def _go_on(self, position: int) -> None:
+        data = self.config.data
+        self.source.position, self.taken = position, 0
+        options = grain.ReadOptions(num_threads=1 if data.prefetch else 0, prefetch_buffer_size=max(1, data.prefetch))
+        self.iterator = iter(grain.MapDataset.source(self.source).to_iter_dataset(options))
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        with watched(lambda: self.source.reading, self.config.data.stall_seconds):
+            batch = next(self.iterator)
+        self.taken += 1
+        self.health.record(batch.pop("report"))
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position: small, and restored at the same cost at any step, also with another batch size."""
+        return {"position": self.source.order.after(self.source.position, self.source.batch_size, self.taken)}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        if set(state) != {"position"}:
+            raise UserError(f"the data position of the checkpoint is {state}, expected a position; it was written by an older version")
+        self._go_on(int(state["position"]))
+
+
+def training_batches(config: ConfigDict, rows: Sequence[int] | None = None, health: Health | None = None) -> Batches:
+    """Endless batches, or these `rows` of each, with `get_state()` and `set_state()`."""
+    return Batches(config, rows, health or Health(None, config.data.max_bad))

@@ -8,6 +8,14 @@ class UserError(ValueError):
     """Bad input.  The programs print its message alone and exit with status 2."""
 
 
+class BadSample(UserError):
+    """A sample that training can do without: it is skipped and counted under `reason`.  Elsewhere it ends the program."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 def run_program(main: Callable[[list[str]], None], arguments: list[str], interrupted: str = "interrupted") -> None:
     """Runs a program's `main`; bad input ends it with one line and status 2, and Ctrl-C with `interrupted` and 130."""
     try:

@@ -20,10 +20,11 @@ from flax import nnx
 from jaxtyping import Float, Int, UInt8
 
 from clip_jax import images
-from clip_jax.data import Records, texts
+from clip_jax.data import texts
 from clip_jax.errors import UserError
 from clip_jax.models import CLIP
 from clip_jax.models.clip import l2_normalize
+from clip_jax.records.prepared import Prepared
 from clip_jax.tokenizer import Tokenizer, tokenize
 
 BATCH = 256  # pictures or texts encoded at once, unless told otherwise
@@ -62,8 +63,8 @@ def load_emoji(vendor: str = "fluent", split: str = "test") -> Emoji:
     `load_emoji("noto_v1", "train")`.  Fluent is for the end.
     """
     folder = str(importlib.resources.files("clip_jax") / "emoji" / vendor / "1.0.0")
-    seen, unseen = Records((folder,), split), Records((folder,), "held_out")
-    rows = [seen[i] for i in range(len(seen))] + [unseen[i] for i in range(len(unseen))]
+    seen, unseen = (records.read(range(len(records))) for records in (Prepared(folder, split), Prepared(folder, "held_out")))
+    rows = seen + unseen
     pictures = [images.on_background(images.decode(row["image"], folder)) for row in rows]
     # The name of a country cannot be inferred from a flag that was never shown.
     held_out = [

@@ -1,7 +1,7 @@
-"""Pictures on their way in: decoding, the exact path of evaluation, and the augmentation of training.
+"""Pictures on their way in: decoding, and the exact path of evaluation; augment.py has the fast one of training.
 
-Everything here is on the host and ends in uint8; `normalize` follows on the device, so that a batch
-travels as bytes, a quarter of its float32 size.
+Both are on the host and end in uint8; `normalize` follows on the device, so that a batch travels as
+bytes, a quarter of its float32 size.
 """
 
 import dataclasses
@@ -13,23 +13,35 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Array, Float, Float32, UInt8
 
-from clip_jax.errors import UserError
+from clip_jax.errors import BadSample, UserError
 from clip_jax.models import CLIPConfig
 
 WHITE = (255, 255, 255)
+MAX_PIXELS = 178_956_970  # Pillow's own limit, at 3 bytes half a gigabyte
 
 
 def decode(encoded: bytes, where: str) -> PIL.Image.Image:
     """A picture from the bytes of its file; `where` names it in errors."""
     try:
         image = PIL.Image.open(io.BytesIO(encoded))
+        check_size(*image.size, where)
         image.load()
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except BadSample:
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise BadSample("too large", f"{where}: {error}; make it smaller, or remove it") from error
+    except (OSError, SyntaxError, ValueError) as error:
         kind = "an empty file" if not encoded else f"{len(encoded)} bytes starting with {encoded[:8]!r}"
-        raise UserError(
-            f"{where}: expected a picture that Pillow can decode, found {kind} ({error}); mend or remove this record"
-        ) from error
+        message = f"{where}: expected a picture that Pillow can decode, found {kind} ({error}); mend or remove this record"
+        raise BadSample("undecodable", message) from error
     return image
+
+
+def check_size(width: int, height: int, where: str) -> None:
+    """Refuses a picture that would fill the memory."""
+    if width * height > MAX_PIXELS:
+        message = f"{where}: {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all; make it smaller, or remove it"
+        raise BadSample("too large", message)
 
 
 def has_alpha(image: PIL.Image.Image) -> bool:
@@ -93,123 +105,6 @@ class Preprocess:
         resized = image.resize(sides, resample)
         left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
         return np.asarray(resized.crop((left, top, left + size, top + size)).convert("RGB"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """How far a training picture may stray.  The defaults are open_clip's: a crop and no more."""
-
-    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the picture's area: RandomResizedCrop
-    rotate: float = 0.0  # degrees, either way
-    zoom: tuple[float, float] = (1.0, 1.0)
-    shift: float = 0.0  # share of the side, either way
-    stretch: float = 0.0  # logarithm of the change of the aspect ratio, either way
-    color_rate: float = 0.0  # probability of mild changes of contrast, of each channel, of brightness, and of:
-    hue: float = 0.0  # degrees, either way
-    saturation: float = 0.0  # share, either way
-    light: float = 0.0  # levels, of 255, by which one side may be lit and the opposite one be in the shade
-    background_rate: float = 0.0  # probability that transparency shows a random colour, not white
-
-
-def premultiplied(image: PIL.Image.Image) -> PIL.Image.Image:
-    """RGBa, the mode that resampling leaves without dark seams."""
-    return image if image.mode == "RGBa" else image.convert("RGBA").convert("RGBa")
-
-
-def augmentation_draws(batch: int, rng: np.random.Generator) -> Float32[np.ndarray, "B 23"]:
-    """The random numbers, from 0 to 1, of which `augment` makes its choices."""
-    return rng.random((batch, 23), np.float32)
-
-
-def augment(
-    pictures: list[PIL.Image.Image], size: int, strength: Augmentation, draws: Float32[np.ndarray, "B 23"]
-) -> UInt8[np.ndarray, "B S S 3"]:
-    """A random view of each picture, `size` pixels a side.
-
-    Pillow resamples one picture after the other; all else is arithmetic on the whole batch.
-    """
-    transparent = any(map(has_alpha, pictures))
-    colors = np.where(draws[:, 7:8] < strength.background_rate, 255 * draws[:, 4:7], np.float32(255))
-    matrices = _affine_matrices(size, strength, draws[:, 8:13].astype(float))
-    pixels = np.empty((len(pictures), size, size, 4 if transparent else 3), np.uint8)
-    for row, picture in enumerate(pictures):
-        view = premultiplied(picture) if transparent else picture.convert("RGB")
-        view = _random_crop(view, size, strength.crop_scale, draws[row, 0:4].tolist())
-        if matrices is not None:
-            fill = (0, 0, 0, 0) if transparent else tuple(colors[row].astype(int).tolist())
-            view = view.transform((size, size), PIL.Image.AFFINE, matrices[row], PIL.Image.BILINEAR, fillcolor=fill)
-        pixels[row] = view
-    if not transparent and not strength.color_rate:
-        return pixels
-    matrix, offset = _color_maps(strength, draws[:, 13:21])
-    if transparent:  # What shows is the picture and, where it is clear, the background.
-        background = matrix @ colors[:, :, None]
-        matrix, offset = np.concatenate([matrix, -background / 255], axis=2), offset + background
-    planes = pixels.reshape(len(pictures), size * size, -1).swapaxes(1, 2).astype(np.float32)
-    seen = matrix @ planes + (offset + 0.5)
-    if strength.light:
-        light = _light(size, strength, draws[:, [13, 21, 22]])
-        seen += light * (planes[:, 3:] / 255) if transparent else light
-    return seen.clip(0, 255, out=seen).astype(np.uint8).swapaxes(1, 2).reshape(len(pictures), size, size, 3)
-
-
-def _color_maps(
-    strength: Augmentation, draws: Float32[np.ndarray, "B 8"]
-) -> tuple[Float32[np.ndarray, "B 3 3"], Float32[np.ndarray, "B 3 1"]]:
-    """For each picture the matrix and the offset that change its colours, or leave them."""
-    identity, grey = np.eye(3, dtype=np.float32), np.full((3, 3), 1 / 3, np.float32)
-    around_grey = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], np.float32) / math.sqrt(3)
-    # Contrast, of all and of each channel, about the middle; brightness.
-    gain = (0.8 + 0.4 * draws[:, 1, None]) * (0.9 + 0.2 * draws[:, 3:6])
-    offset = 128 * (1 - gain) + 40 * draws[:, 2, None] - 20
-    # Hue turns the colours about the axis of greys, saturation is their distance from it.
-    angle = math.radians(strength.hue) * (2 * draws[:, 6] - 1)
-    saturation = 1 + strength.saturation * (2 * draws[:, 7] - 1)
-    along, across = (saturation * np.cos(angle))[:, None, None], (saturation * np.sin(angle))[:, None, None]
-    matrix = gain[:, :, None] * (grey + along * (identity - grey) + across * around_grey)
-    changed = (draws[:, 0] < strength.color_rate)[:, None, None]
-    return np.where(changed, matrix, identity), np.where(changed, offset[:, :, None], np.float32(0))
-
-
-def _light(size: int, strength: Augmentation, draws: Float32[np.ndarray, "B 3"]) -> Float32[np.ndarray, "B 1 P"]:
-    """Levels to add to each pixel: a ramp across those pictures whose colours change, zero in the middle."""
-    amplitude = np.where(draws[:, 0] < strength.color_rate, strength.light * draws[:, 1], np.float32(0))
-    angle = 2 * np.pi * draws[:, 2]
-    ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    along_x, along_y = amplitude * np.cos(angle), amplitude * np.sin(angle)
-    levels = along_x[:, None, None] * ramp[None, None, :] + along_y[:, None, None] * ramp[None, :, None]
-    return levels.reshape(len(draws), 1, size * size)
-
-
-def _random_crop(image: PIL.Image.Image, size: int, scale: tuple[float, float], draws: list[float]) -> PIL.Image.Image:
-    """RandomResizedCrop: a share of the area, the aspect ratio changed by up to 4/3, bicubic."""
-    if scale == (1.0, 1.0):
-        return image if image.size == (size, size) else image.resize((size, size), PIL.Image.BICUBIC)
-    area = (scale[0] + (scale[1] - scale[0]) * draws[0]) * image.width * image.height
-    ratio = (3 / 4) ** (1 - 2 * draws[1])
-    width = min(math.sqrt(area * ratio), image.width)
-    height = min(math.sqrt(area / ratio), image.height)
-    left, top = draws[2] * (image.width - width), draws[3] * (image.height - height)
-    return image.resize((size, size), PIL.Image.BICUBIC, box=(left, top, left + width, top + height))
-
-
-def _affine_matrices(size: int, strength: Augmentation, draws: Float[np.ndarray, "B 5"]) -> list[list[float]] | None:
-    """Rotation, zoom, stretch and shift about the centre, as Pillow wants them; None where there are none.
-
-    A matrix (a, b, c, d, e, f) is the inverse map: the pixel (x, y) of the result shows the place
-    (a x + b y + c, d x + e y + f) of the picture.
-    """
-    if not (strength.rotate or strength.shift or strength.stretch or strength.zoom != (1.0, 1.0)):
-        return None
-    angle = math.radians(strength.rotate) * (2 * draws[:, 0] - 1)
-    zoom = strength.zoom[0] * (strength.zoom[1] / strength.zoom[0]) ** draws[:, 1]
-    stretch = np.exp(strength.stretch * (draws[:, 2] - 0.5))
-    half = size / 2
-    x = half + size * strength.shift * (2 * draws[:, 3] - 1)
-    y = half + size * strength.shift * (2 * draws[:, 4] - 1)
-    cosine, sine = np.cos(angle) / zoom, np.sin(angle) / zoom
-    a, b, d, e = cosine * stretch, -sine / stretch, sine * stretch, cosine / stretch
-    return np.stack([a, b, half - a * x - b * y, d, e, half - d * x - e * y], axis=1).tolist()
 
 
 def normalize(

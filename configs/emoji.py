@@ -28,7 +28,7 @@ def get_config():
     config.optimizer.weight_decay = 0.1
     data = config.data
     data.sets = tuple(str(EMOJI / vendor / "1.0.0") for vendor in VENDORS)
-    data.caption = "name"
+    data.caption = ("name",)
     data.group = "codepoints"
     data.keywords = "keywords"
     data.keyword_rate = 0.08

@@ -27,7 +27,7 @@ def test_fields_are_set_with_their_types():
     assert other.model.vision.patch_size == 16 and other.model.initial_logit_bias == -10.0
     assert options["workdir"] == "w" and config.seed == 3 and config.optimizer.learning_rate == 1.0
     assert config.data.sets == ("a/b",) and config.data.templates == ("a {}", "the {}")
-    assert config.data.cache is False and config.data.caption == "x=y"
+    assert config.data.cache is False and config.data.caption == ("x=y",)
 
 
 @pytest.mark.parametrize(

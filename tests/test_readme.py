@@ -12,7 +12,7 @@ import PIL.Image
 from weights import SMALL, rich_weights
 
 from clip_jax import convert
-from clip_jax.data import Records
+from clip_jax.records.prepared import Prepared
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,8 +52,8 @@ def test_the_builder_makes_a_set_that_training_reads(tmp_path):
     (tmp_path / "pairs.csv").write_text("".join(f'{i}.jpg,"a picture, number {i}"\n' for i in range(3)))
     (program,) = [block for block in blocks("python") if "GeneratorBasedBuilder" in block]
     run(program, tmp_path)
-    made = Records((str(tmp_path / "my_pairs" / "1.0.0"),), "train")
-    assert sorted(made[i]["caption"] for i in range(len(made))) == [f"a picture, number {i}".encode() for i in range(3)]
+    made = Prepared(str(tmp_path / "my_pairs" / "1.0.0"), "train")
+    assert sorted(record["caption"] for record in made.read(range(len(made)))) == [f"a picture, number {i}".encode() for i in range(3)]
 
 
 def test_every_file_of_the_tree_is_there():

@@ -1,0 +1,122 @@
+"""Files, wherever they are: on this machine, in gs:// or s3:// buckets, or at https:// addresses, by fsspec."""
+
+import functools
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import fsspec
+
+from clip_jax.errors import UserError
+
+EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "http": "http", "https": "http"}  # what pip installs for a scheme
+
+
+def is_local(path: str) -> bool:
+    return "://" not in path
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The file system of a path, and its own name for it."""
+    try:
+        return fsspec.core.url_to_fs(os.path.expanduser(path))
+    except (ImportError, ValueError) as error:
+        scheme = path.partition("://")[0]
+        extra = f"; pip install 'clip-from-paper-to-pod[{EXTRAS[scheme]}]' brings it" if scheme in EXTRAS else ""
+        raise UserError(f"{path}: no library for {scheme}:// ({error}){extra}") from error
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that a pattern means: {000..012} and {a,b} as a shell, * and ? as files are there; in order.
+
+    Raises:
+      UserError: nothing has such a name.
+    """
+    names = []
+    for name in _braces(pattern):
+        if not re.search(r"[*?\[]", name):
+            names.append(os.path.expanduser(name))
+            continue
+        fs, own = filesystem(name)
+        scheme = "" if is_local(name) else name.partition("://")[0] + "://"
+        found = sorted(fs.glob(own))
+        if not found:
+            raise UserError(f"{name}: no file has such a name")
+        names += [f if "://" in f else scheme + f for f in found]
+    return names
+
+
+def _braces(pattern: str) -> list[str]:
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    low, high, listed = match.groups()
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    if listed is None and int(low) > int(high):
+        raise UserError(f"{pattern}: {match[0]} names nothing, expected the lower number first")
+    middles = listed.split(",") if listed is not None else [f"{n:0{len(low)}}" for n in range(int(low), int(high) + 1)]
+    return list(dict.fromkeys(name for middle in middles for name in _braces(before + middle + after)))
+
+
+def describe(path: str) -> tuple[int, str]:
+    """The size of a file in bytes, and what changes when it is written anew.
+
+    Raises:
+      UserError: there is none, or it cannot be seen.
+    """
+    fs, own = filesystem(path)
+    try:
+        info = fs.info(own)
+    except Exception as error:  # each file system has its own
+        raise UserError(f"{path}: expected a file, which cannot be seen ({type(error).__name__}: {error})") from error
+    if info["type"] != "file" or info["size"] is None:
+        raise UserError(f"{path}: expected a file, found a {info['type']}" + (" of unknown size" if info["type"] == "file" else ""))
+    version = next((str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified") if info.get(name)), "")
+    return info["size"], version
+
+
+def read_ranges(parts: Sequence[tuple[str, int, int | None]]) -> list[bytes | Exception]:
+    """Parts of files, (path, first byte, size or None for all that follows), those of one bucket at the same time.
+
+    Returns:
+      For each its bytes, or why they cannot be read; fewer bytes than asked for are an error.
+    """
+    found: list[bytes | Exception] = [OSError("not read")] * len(parts)
+    remote: dict[str, list[int]] = {}
+    for i, (path, start, size) in enumerate(parts):
+        if is_local(path):
+            found[i] = _read_local(path, start, size)
+        else:
+            remote.setdefault(path.partition("://")[0], []).append(i)
+    for members in remote.values():
+        paths, starts, sizes = zip(*(parts[i] for i in members))
+        fs, _ = filesystem(paths[0])
+        own = [fs._strip_protocol(path) for path in paths]
+        ends = [None if size is None else start + size for start, size in zip(starts, sizes)]
+        try:
+            read = fs.cat_ranges(own, list(starts), ends, on_error="return")
+        except Exception as error:  # a file system that knows no on_error
+            read = [error] * len(members)
+        for i, size, data in zip(members, sizes, read):
+            short = not isinstance(data, Exception) and size is not None and len(data) != size
+            found[i] = OSError(f"the file ends {size - len(data)} bytes early") if short else data
+    return found
+
+
+def _read_local(path: str, start: int, size: int | None) -> bytes | Exception:
+    try:
+        if size is None:
+            with open(path, "rb") as file:
+                file.seek(start)
+                return file.read()
+        file = _open(path)
+        data = os.pread(file.fileno(), size, start)
+        return data if len(data) == size else OSError(f"the file ends {size - len(data)} bytes early")
+    except (OSError, ValueError) as error:
+        return error
+
+
+@functools.lru_cache(maxsize=512)
+def _open(path: str):
+    return open(path, "rb")  # closed when nothing refers to it any more

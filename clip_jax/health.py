@@ -1,0 +1,110 @@
+"""How well the data is: what was skipped and why, whether that is too much, and what a run waits for."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+
+from clip_jax.errors import UserError
+from clip_jax.records import Place
+
+ENOUGH = 1_000  # samples, before a share of bad ones is judged
+
+Bad = tuple[Place, str, str]  # place, reason, message
+
+
+@dataclasses.dataclass
+class Report:
+    """How a batch came about."""
+
+    seen: int  # samples wanted
+    bad: list[Bad] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: {"read": 0.0, "decode": 0.0})
+
+    def nothing_good(self) -> str:
+        """What is said where no good sample can be found."""
+        reasons = collections.Counter(reason for _, reason, _ in self.bad)
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        return f"no good sample in {len(self.bad)} that were tried ({counts}); the first: {self.bad[0][2]}"
+
+
+class Health:
+    """Counts bad samples, writes each once into a ledger, and stops a run that has too many."""
+
+    def __init__(self, ledger: pathlib.Path | None, max_bad: float):
+        """Without a ledger they are counted alone.  `max_bad` is a share of the samples seen."""
+        self.ledger, self.max_bad = ledger, max_bad
+        self.seen, self.reasons = 0, collections.Counter()
+        self.seconds = collections.Counter()
+        self.written = {(row["shard"], row["key"], row["reason"]) for row in read_ledger(ledger)} if ledger else set()
+
+    def broken(self, found: list[Bad]) -> None:
+        """Takes note of what was broken before anything was read."""
+        self._write(found)
+
+    def record(self, report: Report) -> None:
+        """Takes note of a batch.
+
+        Raises:
+          UserError: more than a share `max_bad` of all samples was bad.
+        """
+        self.seen += report.seen
+        self.reasons.update(reason for _, reason, _ in report.bad)
+        self.seconds.update(report.seconds)
+        self._write(report.bad)
+        bad = sum(self.reasons.values())
+        if self.seen >= ENOUGH and bad > self.max_bad * self.seen:
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+            where = f"; {self.ledger} names them" if self.ledger else ""
+            raise UserError(
+                f"{bad} of {self.seen:,} samples were bad ({counts}), more than the share {self.max_bad} of config.data.max_bad{where}; "
+                f"mend them, or raise it; the last: {report.bad[-1][2] if report.bad else 'before'}"
+            )
+
+    def _write(self, found: list[Bad]) -> None:
+        new = {(*place, reason): message for place, reason, message in found if (*place, reason) not in self.written}
+        if not new or self.ledger is None:
+            return
+        self.ledger.parent.mkdir(parents=True, exist_ok=True)
+        with self.ledger.open("a") as file:
+            for (shard, key, reason), message in new.items():
+                file.write(json.dumps({"shard": shard, "key": key, "reason": reason, "message": message}) + "\n")
+        self.written |= set(new)
+
+
+def ledger_of(workdir: pathlib.Path) -> pathlib.Path:
+    """The file that names the samples that this process skipped."""
+    return workdir / ("skipped.jsonl" if jax.process_count() == 1 else f"skipped-{jax.process_index()}.jsonl")
+
+
+def read_ledger(file: pathlib.Path) -> list[dict]:
+    """The rows of a ledger, none if there is no such file; a half-written last line is left out."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+@contextlib.contextmanager
+def watched(reading: Callable[[], list[str]], seconds: float) -> Iterator[None]:
+    """Says, whenever so much time has gone by, that a run still waits for data, and for which shards."""
+    done = threading.Event()
+
+    def watch() -> None:
+        waited = 0.0
+        while not done.wait(seconds):
+            waited += seconds
+            shards = ", ".join(reading()[:5]) or "no shard: decoding, or other threads, take the time"
+            print(f"host {jax.process_index()}: no batch for {waited:.0f} s; it reads {shards}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
