@@ -161,9 +161,14 @@ class TrainingBatches:
         raise UserError(report.nothing_good())
 
     def _read(self, indices: list[int], report: Report) -> list[Sample | BadSample]:
-        """Records, read together and decoded in threads."""
-        if self.cache is not None and all(index in self.cache for index in indices):
+        """Records, read together and decoded in threads; or from the cache."""
+        if self.cache is not None:
+            if missing := [index for index in indices if index not in self.cache]:
+                self.cache |= zip(missing, self._read_now(missing, report))
             return [self.cache[index] for index in indices]
+        return self._read_now(indices, report)
+
+    def _read_now(self, indices: list[int], report: Report) -> list[Sample | BadSample]:
         started = time.perf_counter()
         self.reading = sorted({self.records.place(index).shard for index in indices})
         records = self.records.read(indices)
@@ -172,8 +177,6 @@ class TrainingBatches:
         samples = self._map(self._sample, indices, records)
         report.seconds["read"] += read - started
         report.seconds["decode"] += time.perf_counter() - read
-        if self.cache is not None:
-            self.cache |= zip(indices, samples)
         return samples
 
     def _map(self, function: Callable, *arguments: Sequence | np.ndarray) -> list:
