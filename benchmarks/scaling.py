@@ -36,8 +36,9 @@ Nothing here was run on a TPU.  The compiler says what a step needs, and the mak
 INTRO = {
     "losses": """## The loss alone
 
-Value and gradients of the softmax loss, embedding 512, float32, as compiled for v5e.  Temporaries a device; the plain
-form is not compiled, its two matrices alone would take what is in the last column.
+Value and gradients of the softmax loss, embedding 512, float32, as compiled for v5e.  Temporaries a device: they grow with
+the local batch, and among several rings with the images of the neighbours, 64 MiB at most and their gradients.  The plain
+form is not compiled, its matrices and what it gathers would take what is in the last column.
 
 | global batch | devices | local batch | ring, temporaries | plain, predicted |
 |---|---|---|---|---|""",

@@ -45,5 +45,5 @@ def get_config():
     data.augment.light = 60.0
     data.augment.background_rate = 1 / 3
     data.cache = True
-    data.threads = 0  # on two cores a thread of its own only competes with XLA's
+    data.threads = 0  # pictures this small are not worth a thread each
     return config
