@@ -58,14 +58,17 @@ class Health:
         self.reasons.update(reason for _, reason, _ in report.bad)
         self.seconds.update(report.seconds)
         self._write(report.bad)
-        bad = sum(self.reasons.values())
-        if self.seen >= ENOUGH and bad > self.max_bad * self.seen:
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-            where = f"; {self.ledger} names them" if self.ledger else ""
+        if self.seen >= ENOUGH and sum(self.reasons.values()) > self.max_bad * self.seen:
+            last = f"; the last: {report.bad[-1][2]}" if report.bad else ""
             raise UserError(
-                f"{bad} of {self.seen:,} samples were bad ({counts}), more than the share {self.max_bad} of config.data.max_bad{where}; "
-                f"mend them, or raise it; the last: {report.bad[-1][2] if report.bad else 'before'}"
+                f"{self.summary()}: more than the share {self.max_bad} of config.data.max_bad; mend them, or raise it{last}"
             )
+
+    def summary(self) -> str:
+        """A line on what was skipped, empty if nothing was."""
+        bad = sum(self.reasons.values())
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+        return f"skipped {bad} samples of {self.seen:,} ({counts}); {self.ledger} names them" if bad else ""
 
     def _write(self, found: list[Bad]) -> None:
         new = {(*place, reason): message for place, reason, message in found if (*place, reason) not in self.written}

@@ -8,7 +8,7 @@ from sets import picture, prepare, records
 
 from clip_jax import images
 from clip_jax.config import load_config
-from clip_jax.data import TrainingBatches, texts, training_batches
+from clip_jax.data import TrainingBatches, explain_step, texts, training_batches
 from clip_jax.errors import UserError
 from clip_jax.evaluate import load_emoji
 from clip_jax.records.prepared import Prepared
@@ -157,6 +157,17 @@ def test_a_set_of_another_format_is_refused(pairs, tmp_path):
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match="expected ArrayRecord files, found tfrecord"):
         training_batches(config_of(str(folder)))
+
+
+def test_a_step_is_explained(pairs):
+    config = config_of(pairs, template_rate=0.0)
+    for step in (1, 4):
+        batch = TrainingBatches(config)[step - 1]
+        shown = [decode([i for i in row[1:].tolist() if i not in (0, 49407)]).strip() for row in batch["tokens"]]
+        rows = [line.split("\t") for line in explain_step(config, str(step)).splitlines()]
+        assert [row[:2] for row in rows] == [[str(i), f"{pairs} split train"] for i in range(4)]
+        found = Prepared(pairs, "train").read([int(row[2].removeprefix("record ")) for row in rows])
+        assert [record["caption"].decode() for record in found] == shown
 
 
 def test_a_host_makes_its_rows_of_the_same_batch(emoji_config):

@@ -143,14 +143,22 @@ def test_mistakes_end_with_one_line_and_touch_nothing(finished, tmp_path):
     assert sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*")) == before
 
 
-@pytest.mark.parametrize("broken", ["picture", "caption"])
-def test_a_bad_record_ends_the_run_with_its_name(broken, tmp_path):
-    bad = records(32)
-    if broken == "picture":
-        bad[7]["image"] = picture(7)[:50]
-    else:
-        bad[7]["caption"] = ""
+def test_bad_records_are_skipped_and_named(tmp_path):
+    bad = records(34)
+    bad[7]["image"], bad[9]["caption"] = picture(7)[:50], ""
     folder = prepare(tmp_path / "set", bad)
     own = [f"--config.data.sets={folder}", "--config.data.caption=caption", "--config.data.group=", "--config.data.keywords="]
-    message = refused(train(tmp_path / "run", *own))
-    assert f"{folder} split train record" in message and "mend or remove this record" in message
+    result = train(tmp_path / "run", *own, "--config.total_steps=6")
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(row["reason"] for row in rows) == ["empty caption", "undecodable"]
+    assert all(row["shard"] == f"{folder} split train" and "mend or remove this record" in row["message"] for row in rows)
+    assert "skipped 2 samples" in result.stdout
+
+    none = prepare(tmp_path / "none", [record | {"caption": ""} for record in records(64)])
+    message = refused(train(tmp_path / "other", f"--config.data.sets={none}", *own[1:]))
+    assert "no good sample in 64 that were tried (64 empty caption); the first: " in message
+    explained = train(tmp_path / "other", *own, "--explain-step=2")
+    assert explained.returncode == 0 and len(explained.stdout.splitlines()) == 32
+    assert all(line.split("\t")[:2] == [str(i), f"{folder} split train"] for i, line in enumerate(explained.stdout.splitlines()))
+    assert "expected the number of a step" in refused(train(tmp_path / "other", "--explain-step=now"))
