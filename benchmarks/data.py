@@ -3,6 +3,7 @@
     pip install -r tests/pytorch.txt && pip install --no-deps -r tests/pytorch-no-deps.txt
     pip install webdataset==0.2.86 pandas scikit-image scikit-learn  # open_clip 3.3 does not run with webdataset 1
     python benchmarks/data.py
+    python benchmarks/data.py --resume      # the time to go on in the middle of 10,000,000 samples
 
 Both read the tar, decode, crop at random (0.9 to 1.0), resize to 224 and tokenize, in batches of 64, in one process
 and one thread, with what PyTorch calls no workers.  A picture's cost is the processor time of the process, so that
@@ -95,6 +96,44 @@ def child(side: str, tar: str) -> None:
     print(json.dumps(count / (time.process_time() - start)))
 
 
+def resume(samples: int = 10_000_000) -> None:
+    """The time from a position in the middle of a pass to the first batch, by an index of so many samples."""
+    import numpy as np
+
+    from clip_jax.config import default_config
+    from clip_jax.data import training_batches
+    from clip_jax.records import tar_index, tars
+
+    with tempfile.TemporaryDirectory() as folder:
+        tar = pathlib.Path(folder) / "a.tar"
+        make_tar(tar, 500, 375)
+        # Each sample of the index is one of those in the tar, under a key of its own.
+        index = tar_index.index_shard(str(tar), tar.stat().st_size)
+        repeats = -(-samples // COUNT)
+        keys = np.char.mod("%09d", np.arange(repeats * COUNT)).astype("S9").view(np.uint8)
+        many = tar_index.ShardIndex(
+            key_ends=np.arange(1, repeats * COUNT + 1) * 9,
+            starts=np.arange(repeats * COUNT + 1) * 2,
+            keys=keys,
+            endings=index.endings,
+            broken=(),
+            **{n: np.tile(getattr(index, n), repeats) for n in ("shards", "offsets", "sizes", "member_endings")},
+        )
+        tars.open_index([str(tar)])
+        (place,) = (tar.parent / ".clip_jax_index").iterdir()
+        many.save(place)
+        config = default_config()
+        config.batch_size = BATCH
+        config.data.update({"sets": (str(tar),), "threads": 2, "prefetch": 0})
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            batches = training_batches(config)
+            batches.set_state({"position": samples // 2})
+            opened = time.perf_counter()
+            next(batches)
+            print(f"{len(batches.source.records):,} samples: opened in {opened - start:.2f} s, first batch after {time.perf_counter() - start:.2f} s")
+
+
 def main() -> None:
     print("| JPEG | ours, pictures / s / core | open_clip | ratio |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -116,5 +155,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(*sys.argv[2:])
+    elif sys.argv[1:2] == ["--resume"]:
+        resume()
     else:
         main()

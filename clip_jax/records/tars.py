@@ -26,7 +26,7 @@ class Tars:
 
     def __init__(self, pattern: str, fields: Sequence[str]):
         self.shards, self.fields = expand(pattern), tuple(fields)
-        self.index = _indexed(self.shards)
+        self.index = open_index(self.shards)
         self.broken = [
             (Place(self.shards[shard], f"sample {key}"), reason, f"{self.shards[shard]} sample {key}: {message}")
             for shard, key, reason, message in self.index.broken
@@ -85,7 +85,7 @@ class Tars:
         return found
 
 
-def _indexed(shards: list[str]) -> ShardIndex:
+def open_index(shards: list[str]) -> ShardIndex:
     """The index of all shards, from where it was kept, or made and kept."""
     states = [describe(shard) for shard in shards]
     digest = hashlib.sha256(json.dumps([2, list(zip(shards, states))]).encode()).hexdigest()[:24]
