@@ -1,11 +1,21 @@
 """Errors that are for people: one line that names what, where, and how to mend it."""
 
+import os
 import sys
 from collections.abc import Callable
 
 
 class UserError(ValueError):
     """Bad input.  The programs print its message alone and exit with status 2."""
+
+
+class Stopped(Exception):
+    """A signal ended a run that has saved its state.  The programs exit with status 75, on which schedulers start again."""
+
+
+def warn(message: str) -> None:
+    """Tells people of what the program passes over."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def run_program(main: Callable[[list[str]], None], arguments: list[str], interrupted: str = "interrupted") -> None:
@@ -15,6 +25,9 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str], interru
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(130)
