@@ -1,5 +1,6 @@
 """What a checkpoint says of itself, and what of it a run that goes on may not contradict."""
 
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -34,6 +35,12 @@ def about_arrays(sums: dict[str, int]) -> dict[str, Any]:
     """What every checkpoint says, also that of a model without a run."""
     versions = {"clip_jax": clip_jax.__version__, "jax": jax.__version__, "orbax": orbax.checkpoint.__version__}
     return {"versions": versions, "digests": sums}
+
+
+def seal(about: dict[str, Any], config: dict[str, Any], data_position: dict | None) -> str:
+    """A SHA-256 of what a checkpoint holds besides arrays, as it is before and after JSON."""
+    about = {name: value for name, value in about.items() if name != "seal"}
+    return hashlib.sha256(json.dumps([about, config, data_position], sort_keys=True).encode()).hexdigest()
 
 
 def check_same_run(where: pathlib.Path, saved: dict[str, Any], about: dict[str, Any], config: ConfigDict) -> None:

@@ -10,7 +10,9 @@ later is found when it is read, by the digests of its arrays in `about`: then th
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +24,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from clip_jax.about import about_arrays, about_state, check_same_run
+from clip_jax.about import about_arrays, about_state, check_same_run, seal
 from clip_jax.digest import digests
 from clip_jax.distributed import all_agree, first_says, is_first, wait_for_all
 from clip_jax.errors import UserError, warn
@@ -65,11 +67,15 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
 
     def any(self) -> bool:
-        """Whether there is a checkpoint, whole or not."""
+        """Whether there is a checkpoint, whole or not; waits for one that is being written."""
+        with self.writing():
+            self.manager.wait_until_finished()
         return bool(step_folders(self.folder))
 
     def due(self, step: int) -> bool:
         """Whether to save after this step: by its number, by the time, or since it was put off; alike on all processes."""
+        with self.writing():
+            self.manager.check_for_errors()
         config, late = self.config, False
         # Clocks differ, so the first process decides; asking it takes all of them, so not at every step.
         if config.checkpoint_minutes and (jax.process_count() == 1 or step % config.log_every == 0):
@@ -100,12 +106,7 @@ class Checkpoints:
         sums, finite = digests(state._asdict())
         if not finite:
             return False
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()),
-            data=ocp.args.JsonSave(data_position),
-            config=ocp.args.JsonSave(self.config.to_dict()),
-            about=ocp.args.JsonSave(about_state(state, sums, loss)),
-        )
+        items = _items(state._asdict(), about_state(state, sums, loss), self.config.to_dict(), data_position)
         if self.config.keep_best:
             self.losses[step] = loss
         with self.writing():
@@ -125,20 +126,14 @@ class Checkpoints:
 
         def read(checkpoint: pathlib.Path) -> tuple[TrainState, dict] | None:
             with _agreed():
-                saved = _restore(checkpoint, config=ocp.args.JsonRestore(), about=ocp.args.JsonRestore())
-                check_same_run(checkpoint, saved.config, saved.about, self.config)
-                if good and saved.about["skipped_in_a_row"]:
+                about, config, data_position = _read_records(checkpoint)
+                check_same_run(checkpoint, config, about, self.config)
+                if good and about["skipped_in_a_row"]:
                     return None
-                items = _restore(
-                    checkpoint,
-                    state=ocp.args.StandardRestore(abstract_state._asdict()),
-                    data=ocp.args.JsonRestore(),
-                )
-            check_digests(items.state, saved.about["digests"])
-            return TrainState(**items.state), items.data
+                state = _restore(checkpoint, state=ocp.args.StandardRestore(abstract_state._asdict())).state
+            check_digests(state, about["digests"])
+            return TrainState(**state), data_position
 
-        with self.writing():
-            self.manager.wait_until_finished()
         found, broken = first_whole(step_folders(self.folder), read)
         if broken:
             if is_first():
@@ -156,10 +151,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = _first_line(error)
             raise UserError(
-                f"checkpoints in {self.folder}: writing one failed, {reason}; those before it are whole: make room or mend the "
-                "disk, and the same command goes on after the newest"
+                f"checkpoints in {self.folder}: writing one failed ({_reason(error)}), and those before it are whole; make room, or "
+                "mend what is named, and the same command goes on after the newest"
             ) from error
 
     def close(self) -> None:
@@ -197,7 +191,7 @@ def first_whole(checkpoints: list[pathlib.Path], read: Callable[[pathlib.Path], 
         # Orbax and TensorStore have no error of their own for a file that is cut short or changed.
         except Exception as error:
             if is_first():
-                warn(f"checkpoint {checkpoint}: passed over, for it is not whole ({_first_line(error)})")
+                warn(f"checkpoint {checkpoint}: passed over, for it is not whole ({_reason(error)})")
             broken.append(checkpoint)
             continue
         if found is not None:
@@ -231,14 +225,18 @@ def _agreed() -> Iterator[None]:
         raise error or NotWhole("another process could not read its part")
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+def _reason(error: Exception) -> str:
+    """One line: the operating system's own words where TensorStore quotes their number, else the error's first line."""
+    number = error.errno if isinstance(error, OSError) else re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return os.strerror(number if isinstance(number, int) else int(number[1]))
+    return f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
 
 
 def _loss(checkpoint: pathlib.Path) -> float:
     """The mean loss that a checkpoint was saved with, infinite if it cannot be read."""
     try:
-        return _restore(checkpoint, about=ocp.args.JsonRestore()).about["loss"]
+        return _read_records(checkpoint)[0]["loss"]
     except Exception:  # of a broken checkpoint, which restoring will name
         return math.inf
 
@@ -254,13 +252,12 @@ def load_model(path: str | pathlib.Path) -> tuple[CLIP, dict]:
 
 def load_config(path: str | pathlib.Path) -> CLIPConfig:
     """The configuration of the model that `load_model` would read."""
-    read = lambda checkpoint: _restore(checkpoint, config=ocp.args.JsonRestore()).config["model"]
-    return CLIPConfig.from_dict(first_whole(_meant(path), read)[0])
+    return CLIPConfig.from_dict(first_whole(_meant(path), _read_records)[0][1]["model"])
 
 
 def _read_model(checkpoint: pathlib.Path) -> tuple[CLIP, dict]:
-    saved = _restore(checkpoint, config=ocp.args.JsonRestore(), about=ocp.args.JsonRestore())
-    graphdef, params, batch_stats = split_model(abstract_model(CLIPConfig.from_dict(saved.config["model"])))
+    about, config, _ = _read_records(checkpoint)
+    graphdef, params, batch_stats = split_model(abstract_model(CLIPConfig.from_dict(config["model"])))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
@@ -271,8 +268,8 @@ def _read_model(checkpoint: pathlib.Path) -> tuple[CLIP, dict]:
     state = _restore(
         checkpoint, state=ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
     ).state
-    check_digests(state, saved.about["digests"])
-    return nnx.merge(graphdef, state["params"], state["batch_stats"]), saved.config
+    check_digests(state, about["digests"])
+    return nnx.merge(graphdef, state["params"], state["batch_stats"]), config
 
 
 def _meant(path: str | pathlib.Path) -> list[pathlib.Path]:
@@ -288,6 +285,26 @@ def _meant(path: str | pathlib.Path) -> list[pathlib.Path]:
         steps = sorted(int(step.name) for step in folders)
         raise UserError(f"--checkpoint={path}: found no checkpoint there; the steps are {steps or 'none'}")
     return meant
+
+
+def _items(state: dict, about: dict, config: dict, data_position: dict | None) -> ocp.args.Composite:
+    """What a checkpoint is made of; a model without a run has no data position, which JSON calls null."""
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=ocp.args.JsonSave(data_position),
+        config=ocp.args.JsonSave(config),
+        about=ocp.args.JsonSave(about | {"seal": seal(about, config, data_position)}),
+    )
+
+
+def _read_records(checkpoint: pathlib.Path) -> tuple[dict, dict, dict | None]:
+    """What a checkpoint says of itself, the configuration, and the data position, if they are what was written."""
+    names = ("about", "config", "data")
+    items = _restore(checkpoint, **{name: ocp.args.JsonRestore() for name in names})
+    about, config, data_position = (items[name] for name in names)
+    if about.get("seal") != seal(about, config, data_position):
+        raise NotWhole("its configuration, its data position or what it says of itself is not what was written")
+    return about, config, data_position
 
 
 def _restore(checkpoint: pathlib.Path, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
@@ -313,9 +330,5 @@ def save_model(folder: str | pathlib.Path, model: CLIP) -> None:
     _, params, batch_stats = split_model(model)
     with ocp.CheckpointManager(pathlib.Path(folder).resolve() / "checkpoints", item_names=ITEMS) as manager:
         state = {"params": params, "batch_stats": batch_stats}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            config=ocp.args.JsonSave({"model": model.config.to_dict()}),
-            about=ocp.args.JsonSave(about_arrays(digests(state)[0])),
-        )
-        manager.save(0, args=items)
+        about, config = about_arrays(digests(state)[0]), {"model": model.config.to_dict()}
+        manager.save(0, args=_items(state, about, config, None))
