@@ -230,7 +230,8 @@ def _reason(error: Exception) -> str:
     number = error.errno if isinstance(error, OSError) else re.search(r"os_error_code='(\d+)'", str(error))
     if number:
         return os.strerror(number if isinstance(number, int) else int(number[1]))
-    return f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
+    # TensorStore's messages go on with pages of what was to be opened.
+    return f"{type(error).__name__}: " + re.split(r"\n| \[tensorstore_spec|\. See full TensorStore", str(error).strip())[0]
 
 
 def _loss(checkpoint: pathlib.Path) -> float:

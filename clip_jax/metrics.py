@@ -35,7 +35,10 @@ class MetricsLog:
         workdir.mkdir(parents=True, exist_ok=True)
         # A run that was killed has logged steps after its last checkpoint; they are taken again.
         kept = [record for record in read_metrics(self.file) if record["step"] <= start]
-        self.file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        # Beside the file, and then in its place, so that no moment is bad to be killed in.
+        beside = self.file.with_suffix(".new")
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        beside.replace(self.file)
         self.events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         # In a file, where lines cannot be drawn over, a line a minute is enough.
         interval = 0.2 if sys.stderr.isatty() else 60

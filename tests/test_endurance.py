@@ -1,5 +1,6 @@
 """What a run survives, a part at a time; tests/test_survival.py has the whole program."""
 
+import functools
 import gc
 import math
 import os
@@ -34,12 +35,17 @@ def leftovers():
     gc.collect()
 
 
+@functools.cache
+def compiled(model):
+    mesh = make_mesh(config(model), jax.devices()[:1])
+    return mesh, *make_train_step(config(model), mesh)
+
+
 class Run:
     """A run on one device, one step at a time."""
 
-    def __init__(self, c):
-        self.mesh = make_mesh(c, jax.devices()[:1])
-        init, self.step, self.abstract = make_train_step(c, self.mesh)
+    def __init__(self, model=VIT):
+        self.mesh, init, self.step, self.abstract = compiled(model)
         self.state = init()
 
     def go(self) -> dict:
@@ -62,7 +68,7 @@ def kept(state) -> tuple:
 
 @pytest.mark.parametrize("model", [VIT, RESNET], ids=["vit", "resnet"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(model):
-    run = Run(config(model))
+    run = Run(model)
     assert int(run.go()["skipped_steps"]) == 0
     run.spoil()
     before = kept(run.state)
@@ -82,7 +88,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(model):
 def test_a_run_rolls_back_passes_over_the_data_and_ends_after_so_often(tmp_path):
     c = config(VIT)
     c.nonfinite.in_a_row, c.nonfinite.rollbacks = 3, 1
-    run, checkpoints = Run(c), Checkpoints(tmp_path, c)
+    run, checkpoints = Run(), Checkpoints(tmp_path, c)
     recovery = Recovery(checkpoints, run.abstract, run.state, c)
     for _ in range(2):
         run.watched(recovery)
@@ -112,7 +118,7 @@ def test_a_run_rolls_back_passes_over_the_data_and_ends_after_so_often(tmp_path)
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     c = config(VIT)
-    run, checkpoints = Run(c), Checkpoints(tmp_path, c)
+    run, checkpoints = Run(), Checkpoints(tmp_path, c)
     recovery = Recovery(checkpoints, run.abstract, run.state, c)
     run.go()
     run.state = recovery.save(run.state, {}, 1.0, at_once=False)
@@ -129,7 +135,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
 def test_without_a_checkpoint_there_is_no_way_back(tmp_path):
     c = config(VIT)
     c.nonfinite.in_a_row = 1
-    run, checkpoints = Run(c), Checkpoints(tmp_path, c)
+    run, checkpoints = Run(), Checkpoints(tmp_path, c)
     recovery = Recovery(checkpoints, run.abstract, run.state, c)
     run.spoil()
     run.watched(recovery)
@@ -164,7 +170,7 @@ def test_a_digest_sees_every_bit_and_no_mesh():
 def two_saved(tmp_path_factory):
     """A workdir with the checkpoints of steps 1 and 2, and the states that they hold."""
     workdir, c = tmp_path_factory.mktemp("two") / "run", config(VIT)
-    run, checkpoints, states = Run(c), Checkpoints(workdir, c), {}
+    run, checkpoints, states = Run(), Checkpoints(workdir, c), {}
     for number in (1, 2):
         run.go()
         checkpoints.save(run.state, {"next_index": number}, 1.0)
@@ -287,7 +293,7 @@ def test_another_tokenizer_is_refused(two_saved, tmp_path, monkeypatch):
 def test_the_last_the_milestones_and_the_best_are_kept(tmp_path):
     c = config(VIT)
     c.checkpoints_kept, c.milestone_every, c.keep_best, c.checkpoint_every, c.checkpoint_minutes = 2, 4, True, 3, 0.0
-    state = Run(c).state
+    state = Run().state
     losses = [9.0, 8.0, 1.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, math.inf, math.inf]
     for part in (range(1, 7), range(7, 12)):  # two processes, one after the other
         checkpoints = Checkpoints(tmp_path, c)
