@@ -44,13 +44,15 @@ def seal(about: dict[str, Any], config: dict[str, Any], data_position: dict | No
 
 
 def check_same_run(where: pathlib.Path, saved: dict[str, Any], about: dict[str, Any], config: ConfigDict) -> None:
-    """Refuses to go on with another model, on other data, or for another aim than the checkpoint's run, naming the field.
+    """Refuses to go on with another model, on other data, or for another aim than the run did, naming the field.
 
-    Free are the batch size, the length of the run, the optimizer's numbers, patch dropout, the mesh, and how it is computed,
-    logged and saved.
+    Free are the batch size, the length of the run, the optimizer's numbers, patch dropout, the mesh, and how it is
+    computed, logged and saved.
     """
     if "data" not in saved:
-        raise UserError(f"checkpoint {where}: it holds a model without a run, expected one of train.py; take another --workdir")
+        raise UserError(
+            f"checkpoint {where}: it holds a model without a run, expected one of train.py; take another --workdir"
+        )
     # An architecture that was saved before a field existed has its default.
     saved = saved | {"model": CLIPConfig.from_dict(saved["model"]).to_dict()}
     there, here = _identity(saved), _identity(config.to_dict())
@@ -61,13 +63,13 @@ def check_same_run(where: pathlib.Path, saved: dict[str, Any], about: dict[str, 
         if there.get(field) != value:
             what = "holds another architecture" if field.startswith("model.") else "is of another run"
             raise UserError(
-                f"checkpoint {where}: it {what}, {field} is {there.get(field)!r} there and {value!r} in the configuration; "
-                f"take another --workdir, or set config.{field} as it was"
+                f"checkpoint {where}: it {what}, {field} is {there.get(field)!r} there and {value!r} in the "
+                f"configuration; take another --workdir, or set config.{field} as it was"
             )
     if about["tokenizer_sha256"] != vocabulary_sha256():
         raise UserError(
-            f"checkpoint {where}: its tokenizer's vocabulary has the SHA-256 {about['tokenizer_sha256']}, and this program's "
-            f"{vocabulary_sha256()}; go on with clip_jax {about['versions']['clip_jax']}, or take another --workdir"
+            f"checkpoint {where}: its tokenizer's vocabulary has the SHA-256 {about['tokenizer_sha256']}, and this "
+            f"program's {vocabulary_sha256()}; go on with clip_jax {about['versions']['clip_jax']}, or take another --workdir"
         )
 
 

@@ -1,10 +1,10 @@
-"""Checkpoints: state, data position, configuration, and what they say of themselves, written by Orbax in the background.
+"""Checkpoints: state, data position, configuration, and what they say of themselves, written by Orbax meanwhile.
 
     WORKDIR/checkpoints/STEP/{state,data,config,about}
 
 `state` is the TrainState; a model that was converted has its parameters and statistics alone, at step 0.  A checkpoint
-appears under its name only when it is whole, so a run that is killed while writing loses nothing older.  What happens to it
-later is found when it is read, by the digests of its arrays in `about`: then the newest whole one counts.
+appears under its name only when it is whole, so a run that is killed while writing loses nothing older.  What happens
+to it later is found when it is read, by the digests in `about`: then the newest whole one counts.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class Checkpoints:
         return bool(step_folders(self.folder))
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step: by its number, by the time, or since it was put off; alike on all processes."""
+        """Whether to save after this step, by its number, by the time, or since it was put off; alike on all processes."""
         with self.writing():
             self.manager.check_for_errors()
         config, late = self.config, False
@@ -86,13 +86,12 @@ class Checkpoints:
     def save(self, state: TrainState, data_position: dict, loss: float = math.inf, at_once: bool = False) -> bool:
         """Starts to write the state after `state.step` steps; training may go on meanwhile.
 
-        Amid skipped steps it is put off until one is finite, unless it has to be `at_once`: a run that diverged comes back
-        from a checkpoint, which should be older than its troubles.
-
         Args:
           state: a state, of which every number has to be finite.
           data_position: of the batches.
           loss: the mean since the last checkpoint.
+          at_once: also amid skipped steps.  Else it is put off until one is finite: a run that diverged comes back from
+            a checkpoint, which should be older than its troubles.
 
         Returns:
           False if the state is not finite, and is not saved.
@@ -152,8 +151,8 @@ class Checkpoints:
             yield
         except Exception as error:
             raise UserError(
-                f"checkpoints in {self.folder}: writing one failed ({_reason(error)}), and those before it are whole; make room, or "
-                "mend what is named, and the same command goes on after the newest"
+                f"checkpoints in {self.folder}: writing one failed ({_reason(error)}), and those before it are whole; "
+                "make room, or mend what is named, and the same command goes on after the newest"
             ) from error
 
     def close(self) -> None:
@@ -180,7 +179,9 @@ def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(steps, key=lambda path: int(path.name), reverse=True)
 
 
-def first_whole(checkpoints: list[pathlib.Path], read: Callable[[pathlib.Path], Read | None]) -> tuple[Read, list[pathlib.Path]]:
+def first_whole(
+    checkpoints: list[pathlib.Path], read: Callable[[pathlib.Path], Read | None]
+) -> tuple[Read, list[pathlib.Path]]:
     """What `read` makes of the first whole checkpoint for which it is not None, and those before that are not whole."""
     broken = []
     for checkpoint in checkpoints:
@@ -197,9 +198,11 @@ def first_whole(checkpoints: list[pathlib.Path], read: Callable[[pathlib.Path], 
         if found is not None:
             return found, broken
     if not broken:
-        raise UserError(f"checkpoints {', '.join(map(str, checkpoints))}: all were saved amid steps that were not finite")
+        raise UserError(
+            f"checkpoint {checkpoints[0]}: it and all older ones were saved amid steps that were not finite"
+        )
     raise UserError(
-        f"checkpoint {broken[0]}: not whole, and no older one is; put a copy there, or move its folder away to begin anew"
+        f"checkpoint {broken[0]}: not whole, and no older one is; put a copy there, or take another --workdir to begin anew"
     )
 
 
@@ -231,7 +234,8 @@ def _reason(error: Exception) -> str:
     if number:
         return os.strerror(number if isinstance(number, int) else int(number[1]))
     # TensorStore's messages go on with pages of what was to be opened.
-    return f"{type(error).__name__}: " + re.split(r"\n| \[tensorstore_spec|\. See full TensorStore", str(error).strip())[0]
+    said = re.split(r"\n| \[tensorstore_spec|\. See full TensorStore", str(error).strip())[0]
+    return f"{type(error).__name__}: {said}"
 
 
 def _loss(checkpoint: pathlib.Path) -> float:

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Num, UInt32
 def bit_sum(x: Num[Array, "..."]) -> UInt32[Array, ""]:
     """The sum, modulo 2^32, of the elements' bits times 1, 3, 5, and so on.
 
-    Whole numbers that wrap add up to the same in any order, so on any mesh.  The weights are odd, so that no flipped bit
-    can vanish, and differ, so that elements that changed places are seen (of 2^31 elements, beyond which they repeat).
+    Whole numbers that wrap add up to the same in any order, so on any mesh.  The weights are odd, so that no flipped
+    bit can vanish, and differ, so that elements that changed places are seen, if not 2^31 elements apart.
     """
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
@@ -40,7 +40,7 @@ def _whole_everywhere(array: Array) -> jax.sharding.Sharding | None:
 
 @functools.cache
 def _compiled(sharding: jax.sharding.Sharding | None):
-    def of(leaves: tuple[Array, ...]) -> tuple[UInt32[Array, "A"], Bool[Array, ""]]:
+    def of(leaves: tuple[Array, ...]) -> tuple[Array, Bool[Array, ""]]:
         return jnp.stack([bit_sum(x) for x in leaves]), jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
     return jax.jit(of, out_shardings=sharding)

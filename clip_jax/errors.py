@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal ended a run that has saved its state.  The programs exit with status 75, on which schedulers start again."""
+    """A signal ended a run that has saved its state.  The programs exit with status 75: schedulers may start it again."""
 
 
 def warn(message: str) -> None:

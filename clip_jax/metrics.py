@@ -23,7 +23,9 @@ class MetricsLog:
     else the step measures; a number that is not finite is null.  Of several processes one `writes`.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int, seen: int, total: int, batch_size: int, log_every: int, writes: bool):
+    def __init__(
+        self, workdir: pathlib.Path, start: int, seen: int, total: int, batch_size: int, log_every: int, writes: bool
+    ):
         """A log from step `start`, before which `seen` samples were seen, to step `total`."""
         self.batch_size, self.log_every, self.total, self.writes = batch_size, log_every, total, writes
         self.in_flight, self.losses = None, []
@@ -88,7 +90,8 @@ class MetricsLog:
                 file.write(json.dumps(finite) + "\n")
         except OSError as error:
             raise UserError(
-                f"{self.file}: cannot be written, {error.strerror}; make room, and the same command goes on after the last checkpoint"
+                f"{self.file}: cannot be written, {error.strerror}; make room, and the same command goes on after the "
+                "last checkpoint"
             ) from error
         for name, value in record.items():
             if name != "step":
@@ -98,7 +101,6 @@ class MetricsLog:
             f"{record['samples_per_second']:.0f} samples/s, data wait {record['data_wait']:.0%}",
             refresh=False,
         )
-
 
     def mean_loss(self) -> float:
         """The mean loss of the steps since this was last asked, without those skipped; infinite if all were."""

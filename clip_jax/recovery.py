@@ -28,7 +28,7 @@ class Recovery:
         return self.roll_back(state, f"{in_a_row} steps in a row had a loss or a gradient that is not finite")
 
     def save(self, state: TrainState, data_position: dict, loss: float, at_once: bool) -> TrainState:
-        """Saves a state, as `Checkpoints.save` does; one that is not finite is rolled back, and that is saved if `at_once`."""
+        """Saves a state, as `Checkpoints.save` does; one that is not finite is rolled back, and saved if `at_once`."""
         if self.checkpoints.save(state, data_position, loss, at_once):
             return state
         state = self.roll_back(state, "parameters or optimizer are not finite")
@@ -37,7 +37,7 @@ class Recovery:
         return state
 
     def roll_back(self, state: TrainState, reason: str) -> TrainState:
-        """The model and optimizer of the last good checkpoint, in place of those of `state`; steps and samples count on."""
+        """The model and optimizer of the last good checkpoint, instead of those of `state`; steps and samples count on."""
         where, done = f"step {int(state.step)}: {reason}", int(state.mishaps.rollbacks)
         advice = "lower config.optimizer.learning_rate, or look at the data of these steps"
         if done >= self.limits.rollbacks:

@@ -1,5 +1,6 @@
 """What a step reads and writes, and a checkpoint keeps."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ class TrainState(NamedTuple):
 def first_state(params: Params, batch_stats: Params, optimizer: optax.OptState, batch_size: int) -> TrainState:
     """The state before the first step of a run that begins with this batch size."""
     zero = jnp.int32(0)
-    return TrainState(zero, Seen(zero, zero, jnp.int32(batch_size)), Mishaps(zero, zero, zero), params, batch_stats, optimizer)
+    seen, mishaps = Seen(zero, zero, jnp.int32(batch_size)), Mishaps(zero, zero, zero)
+    return TrainState(zero, seen, mishaps, params, batch_stats, optimizer)
 
 
 def after_batch(seen: Seen, batch_size: int) -> Seen:
@@ -62,5 +64,6 @@ def samples_seen(seen: Seen) -> int:
 
 
 def steps_left(seen: Seen, config: ConfigDict) -> int:
-    """Steps of `config.batch_size` until the run has seen `config.total_steps` batches of the size with which it began."""
-    return max(0, -((samples_seen(seen) - config.total_steps * int(seen.batch_size)) // config.batch_size))
+    """Steps of `config.batch_size` until `config.total_steps` batches of the size with which the run began are seen."""
+    left = config.total_steps * int(seen.batch_size) - samples_seen(seen)
+    return max(0, math.ceil(left / config.batch_size))

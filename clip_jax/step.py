@@ -60,8 +60,8 @@ def train_step(
     params = optax.apply_updates(state.params, jax.tree.map(lambda update: -rate * update, updates))
     # The paper's clip at 100 (section 2.5), after the update, so that it holds for whoever reads it.
     params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
-    # By the gradient's norm alone.  A loss that is not finite has a gradient that is not, and on a CPU one more use of the
-    # loss rounded it otherwise.  If the new parameters were asked, a second copy of them would have to be held.
+    # By the gradient's norm alone.  A loss that is not finite has a gradient that is not, and on a CPU one more use of
+    # the loss rounded it otherwise.  If the new parameters were asked, a second copy of them would have to be held.
     finite = jnp.isfinite(norm)
     params, batch_stats, optimizer_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),

@@ -99,7 +99,8 @@ def test_a_run_rolls_back_passes_over_the_data_and_ends_after_so_often(tmp_path)
         run.watched(recovery)
     # Amid skipped steps nothing is saved that a run would come back to.
     run.state = recovery.save(run.state, {}, 1.0, at_once=False)
-    assert checkpoints.due(4) and checkpoints.any() and [folder.name for folder in step_folders(checkpoints.folder)] == ["2"]
+    assert checkpoints.due(4) and checkpoints.any()
+    assert [folder.name for folder in step_folders(checkpoints.folder)] == ["2"]
     run.state = recovery.save(run.state, {}, 1.0, at_once=True)
     for _ in range(2):  # the third in a row, which is known after the next step has started
         run.watched(recovery)
@@ -110,7 +111,7 @@ def test_a_run_rolls_back_passes_over_the_data_and_ends_after_so_often(tmp_path)
     assert jax.tree.all(jax.tree.map(lambda x, a: x.sharding == a.sharding, state, run.abstract))
     assert int(run.go()["skipped_in_a_row"]) == 0 and run.step._cache_size() == 1
     run.spoil()
-    with pytest.raises(UserError, match="step 11: 3 steps in a row had .* and config.nonfinite.rollbacks 1 are used up"):
+    with pytest.raises(UserError, match="step 11: 3 steps in a row .*, and config.nonfinite.rollbacks 1 are used up"):
         for _ in range(9):
             run.watched(recovery)
     checkpoints.close()
@@ -269,7 +270,7 @@ def test_a_run_does_not_go_on_as_another(field, value, two_saved, tmp_path):
         place = place[group]
     with place.unlocked(), place.ignore_type():
         place[leaf] = value
-    with pytest.raises(UserError, match=f"checkpoints/2: it .*, {field} is .* there and .*set config.{field} as it was"):
+    with pytest.raises(UserError, match=f"checkpoints/2: it .*, {field} is .* there and .*set config.{field} as it"):
         Checkpoints(copied(source, tmp_path / "run"), c).restore(abstract)
 
 

@@ -32,7 +32,9 @@ def start(tmp_path_factory):
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
     cache |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
-    def of(workdir: pathlib.Path, *arguments: str, steps: int = STEPS, every: int = 8, **variables: str) -> subprocess.Popen:
+    def of(
+        workdir: pathlib.Path, *arguments: str, steps: int = STEPS, every: int = 8, **variables: str
+    ) -> subprocess.Popen:
         given = [f"--workdir={workdir}", f"--config.total_steps={steps}", f"--config.checkpoint_every={every}"]
         command = [sys.executable, str(ROOT / "train.py"), *given, *TINY, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -45,7 +47,7 @@ def ended(process: subprocess.Popen, status: int = 0) -> str:
     """What a process printed for people, after it ended as it should."""
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == status, (process.returncode, errors[-3000:])
-    return printed + "\n".join(line for line in errors.splitlines() if re.match("error|warning|stopping|.*: stopped", line))
+    return printed + "\n".join(re.findall("^(?:error|warning|stopping|.*: stopped).*$", errors, re.MULTILINE))
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -104,7 +106,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_it_goes_on(start, whole, 
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("a small disk needs the right to mount a tmpfs")
     try:
         (disk / "other").write_bytes(bytes(13 * 2**20))  # of others, or a checkpoint more would fit
@@ -121,12 +123,17 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_it_goes_on(start, whole, 
 
 def test_a_rate_that_overflows_is_skipped_rolled_back_and_ends(start, tmp_path):
     workdir = tmp_path / "run"
-    fields = ["--config.optimizer.learning_rate=1e32", "--config.nonfinite.in_a_row=3", "--config.nonfinite.rollbacks=2"]
+    fields = [
+        "--config.nonfinite.in_a_row=3",
+        "--config.nonfinite.rollbacks=2",
+        "--config.optimizer.learning_rate=1e32",
+    ]
     said = ended(start(workdir, *fields, steps=100, every=1), 2)
     # What came back from step 1 is saved at once, and comes back the second time.
-    back = re.findall(r"warning: step (\d+): 3 steps in a row .*; model and optimizer are those of step (\d+) again", said)
+    back = re.findall(r"warning: step (\d+): 3 steps .*; model and optimizer are those of step (\d+) again", said)
     assert back == [("5", "1"), ("9", "5")]
-    assert "error: step 13: 3 steps in a row had a loss or a gradient that is not finite, and config.nonfinite.rollbacks 2 are used up; lower config.optimizer.learning_rate" in said
+    assert "error: step 13: 3 steps in a row had a loss or a gradient that is not finite, and config.nonfinite" in said
+    assert "rollbacks 2 are used up; lower config.optimizer.learning_rate" in said
     found = rows(workdir)
     # The first step is finite, and makes parameters of 1e31, with which no other one is.
     assert found[0]["loss"] > 0 and all(row["loss"] is None for row in found[1:])
@@ -142,7 +149,7 @@ def test_with_another_batch_size_the_rate_is_the_same_function_of_samples(start,
         shutil.rmtree(workdir / "checkpoints" / step)
     ended(start(workdir, "--config.batch_size=8"))
     found = rows(workdir)
-    assert [row["samples_seen"] for row in found] == [16 * (n + 1) for n in range(8)] + [128 + 8 * (n + 1) for n in range(32)]
+    assert [row["samples_seen"] for row in found] == [*range(16, 129, 16), *range(136, 385, 8)]
     assert found[-1]["samples_seen"] == rows(whole)[-1]["samples_seen"]
     config = load_config(str(ROOT / "configs" / "emoji.py"))
     config.total_steps, config.optimizer.warmup_steps = STEPS, 4
@@ -151,18 +158,19 @@ def test_with_another_batch_size_the_rate_is_the_same_function_of_samples(start,
         # Measured: at most 1.2e-10 of 2e-3, the rounding of the compiled cosine.
         assert row["lr"] == pytest.approx(float(schedule(jnp.float32(before["samples_seen"] / 16))), rel=0, abs=4e-10)
     at = {row["samples_seen"] - 16: row["lr"] for row in rows(whole)}
-    assert {row["samples_seen"] - 8: row["lr"] for row in found[8:]}.items() >= {s: r for s, r in at.items() if s >= 128}.items()
+    here = {row["samples_seen"] - 8: row["lr"] for row in found[8:]}
+    assert here.items() >= {seen: rate for seen, rate in at.items() if seen >= 128}.items()
 
 
 @pytest.mark.endurance
 def test_twenty_kills_at_random_moments_change_no_bit(start, tmp_path):
-    ended(start(tmp_path / "whole", steps=300, every=5))
+    ended(start(tmp_path / "whole", steps=500, every=5))
     workdir, kills, chance, beginnings = tmp_path / "run", 0, random.Random(0), []
     while kills < 20:
-        process, before = start(workdir, steps=300, every=5), len(rows(workdir))
+        process, before = start(workdir, steps=500, every=5), len(rows(workdir))
         if kills % 4:  # in a step, or in a save
-            wait_until(lambda: len(rows(workdir)) not in (0, before), process)
-            time.sleep(chance.uniform(0, 0.7))
+            wait_until(lambda before=before: len(rows(workdir)) not in (0, before), process)
+            time.sleep(chance.uniform(0, 2.5))
         else:  # wherever it is
             time.sleep(chance.uniform(0, 9))
         assert process.poll() is None, "it ended before it was killed often enough"
@@ -170,9 +178,9 @@ def test_twenty_kills_at_random_moments_change_no_bit(start, tmp_path):
         process.communicate()
         kills += 1
         beginnings.append(len(rows(workdir)))
-    ended(start(workdir, steps=300, every=5))
+    ended(start(workdir, steps=500, every=5))
     print(f"\n{kills} kills, after so many logged steps: {beginnings}")
-    assert len(set(beginnings)) > 10 and beginnings[-1] < 300
+    assert len(set(beginnings)) > 10 and beginnings[-1] < 500
     assert trace(workdir) == trace(tmp_path / "whole")
 
 
