@@ -67,10 +67,10 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
 
     def any(self) -> bool:
-        """Whether there is a checkpoint, whole or not; waits for one that is being written."""
+        """Whether there is a checkpoint, whole or not; waits for one that is being written; alike on all processes."""
         with self.writing():
             self.manager.wait_until_finished()
-        return bool(step_folders(self.folder))
+        return first_says(bool(step_folders(self.folder)))  # a shared file system may show others an older folder
 
     def due(self, step: int) -> bool:
         """Whether to save after this step, by its number, by the time, or since it was put off; alike on all processes."""
