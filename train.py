@@ -17,13 +17,16 @@ from clip_jax.checkpoint import Checkpoints
 from clip_jax.config import parse_command_line, validate
 from clip_jax.data import explain_step, training_batches
 from clip_jax.distributed import is_first, join, on_every_host, wait_for_all
-from clip_jax.errors import run_program
+from clip_jax.errors import Stopped, run_program
 from clip_jax.evaluate import evaluate_emoji, format_table, write_results
 from clip_jax.figures import draw_figures
 from clip_jax.health import Health, ledger_of
+from clip_jax.interruption import Interruption
 from clip_jax.memory import keep_freed_memory
 from clip_jax.metrics import MetricsLog
+from clip_jax.recovery import Recovery
 from clip_jax.sharding import local_rows, make_mesh, put_batch
+from clip_jax.state import samples_seen, steps_left
 from clip_jax.step import loss_form, make_train_step, model_of
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "emoji.py"
@@ -55,25 +58,38 @@ def main(arguments: list[str]) -> None:
     init, step, abstract_state = make_train_step(config, mesh)
 
     # Checkpoint: start, or go on
-    checkpoints = Checkpoints(workdir, config.checkpoints_kept)
-    if checkpoints.latest_step() is None:
-        state = init()
-    else:
-        state, data_position = checkpoints.restore(abstract_state, config)
+    checkpoints = Checkpoints(workdir, config)
+    if checkpoints.any():
+        state, data_position = checkpoints.restore(abstract_state)
         batches.set_state(data_position)
         say(f"{workdir}: going on after step {int(state.step)}")
+    else:
+        state = init()
 
     # Train
-    start, total = int(state.step), config.total_steps
-    with MetricsLog(workdir, start, total, config.batch_size, config.log_every, is_first()) as log:
+    recovery = Recovery(checkpoints, abstract_state, state, config)
+    start, seen = int(state.step), samples_seen(state.seen)
+    total, stopped = start + steps_left(state.seen, config), False
+    with (
+        Interruption() as interruption,
+        MetricsLog(workdir, start, seen, total, config.batch_size, config.log_every, is_first()) as log,
+    ):
         for number in range(start + 1, total + 1):
             with log.waiting_for_data():
                 batch = next(batches)
             state, metrics = step(state, put_batch(batch, mesh))
             log.record(number, metrics)
-            if number % config.checkpoint_every == 0 or number == total:
-                checkpoints.save(state, batches.get_state(), config)
-    checkpoints.close()
+            state = recovery.after(state, metrics)
+            stopped = interruption.reached(number)
+            if stopped or number == total or checkpoints.due(number):
+                state = recovery.save(state, batches.get_state(), log.mean_loss(), at_once=stopped or number == total)
+            if stopped:
+                break
+        checkpoints.close()
+    if skipped := health.summary():
+        print(skipped)
+    if stopped:
+        raise Stopped(f"{workdir}: stopped after step {number}, saved; the same command goes on")
 
     # Evaluate
     model = model_of(on_every_host((state.params, state.batch_stats)), config)

@@ -63,7 +63,7 @@ def decode(encoded: bytes, where: str, size: int = 0) -> Picture:
             reduction = next((n for n in REDUCTIONS if size and min(height, width) >= n * size), 1)
             smallest = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
             try:
-                return simplejpeg.decode_jpeg(encoded, **smallest)
+                return simplejpeg.decode_jpeg(encoded, fastdct=reduction > 1, fastupsample=reduction > 1, **smallest)
             except ValueError:
                 pass  # Pillow may know it all the same; if not, it says why.
     image = images.decode(encoded, where)

@@ -1,87 +1,267 @@
-"""Checkpoints: state, data position and configuration, written by Orbax, in the background.
+"""Checkpoints: state, data position, configuration, and what they say of themselves, written by Orbax meanwhile.
 
-    WORKDIR/checkpoints/STEP/{state,data,config}
+    WORKDIR/checkpoints/STEP/{state,data,config,about}
 
 `state` is the TrainState; a model that was converted has its parameters and statistics alone, at step 0.  A checkpoint
-appears under its name only when it is whole, so a run that is killed while writing loses nothing older.
+appears under its name only when it is whole, so a run that is killed while writing loses nothing older.  What happens
+to it later is found when it is read, by the digests in `about`: then the newest whole one counts.
 """
 
+import contextlib
+import dataclasses
+import math
+import os
 import pathlib
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers
 
-from clip_jax.config import model_config
-from clip_jax.errors import UserError
+from clip_jax.about import about_arrays, about_state, check_same_run, seal
+from clip_jax.digest import digests
+from clip_jax.distributed import all_agree, first_says, is_first, wait_for_all
+from clip_jax.errors import UserError, warn
 from clip_jax.models import CLIP, CLIPConfig
-from clip_jax.models.architectures import EXECUTION
-from clip_jax.step import TrainState, abstract_model, split_model
+from clip_jax.state import TrainState
+from clip_jax.step import abstract_model, split_model
 
-ITEMS = ("state", "data", "config")
+ITEMS = ("state", "data", "config", "about")
+
+Read = TypeVar("Read")
+
+
+class NotWhole(Exception):
+    """A checkpoint, or a part of it, is not what was written."""
 
 
 class Checkpoints:
-    """The checkpoints of a run."""
+    """The checkpoints of a run: when they are due, which are kept, and the way back."""
 
-    def __init__(self, workdir: str | pathlib.Path, kept: int = 1):
+    def __init__(self, workdir: str | pathlib.Path, config: ConfigDict):
         self.folder = pathlib.Path(workdir).expanduser().resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=kept, create=True)
+        self.config = config
+        self.postponed = False
+        self.begun = time.monotonic()  # of the time until the next
+        if is_first():
+            for half in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
+                warn(f"checkpoint {half}: half-written, removed")
+        keep: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(config.checkpoints_kept)]
+        if config.milestone_every:
+            keep.append(checkpoint_managers.EveryNSteps(config.milestone_every))
+        if config.keep_best:
+            self.losses = {int(step.name): _loss(step) for step in step_folders(self.folder)}
+            keep.append(LowestLoss(self.losses))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+            create=True,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # reads no file that may be broken
+        )
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
 
-    def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint."""
-        return self.manager.latest_step()
+    def any(self) -> bool:
+        """Whether there is a checkpoint, whole or not; waits for one that is being written; alike on all processes."""
+        with self.writing():
+            self.manager.wait_until_finished()
+        return first_says(bool(step_folders(self.folder)))  # a shared file system may show others an older folder
 
-    def save(self, state: TrainState, data_position: dict, config: ConfigDict) -> None:
-        """Starts to write the state after `state.step` steps; training may go on meanwhile."""
+    def due(self, step: int) -> bool:
+        """Whether to save after this step, by its number, by the time, or since it was put off; alike on all processes."""
+        with self.writing():
+            self.manager.check_for_errors()
+        config, late = self.config, False
+        # Clocks differ, so the first process decides; asking it takes all of them, so not at every step.
+        if config.checkpoint_minutes and (jax.process_count() == 1 or step % config.log_every == 0):
+            late = first_says(time.monotonic() - self.begun >= 60 * config.checkpoint_minutes)
+        milestone = config.milestone_every and step % config.milestone_every == 0
+        return self.postponed or late or milestone or step % config.checkpoint_every == 0
+
+    def save(self, state: TrainState, data_position: dict, loss: float = math.inf, at_once: bool = False) -> bool:
+        """Starts to write the state after `state.step` steps; training may go on meanwhile.
+
+        Args:
+          state: a state, of which every number has to be finite.
+          data_position: of the batches.
+          loss: the mean since the last checkpoint.
+          at_once: also amid skipped steps.  Else it is put off until one is finite: a run that diverged comes back from
+            a checkpoint, which should be older than its troubles.
+
+        Returns:
+          False if the state is not finite, and is not saved.
+        """
         step = int(state.step)
-        if step != self.latest_step():
-            items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                data=ocp.args.JsonSave(data_position),
-                config=ocp.args.JsonSave(config.to_dict()),
-            )
+        if step == self.manager.latest_step():
+            return True
+        self.postponed = int(state.mishaps.skipped_in_a_row) > 0 and not at_once
+        if self.postponed:
+            return True
+        sums, finite = digests(state._asdict())
+        if not finite:
+            return False
+        items = _items(state._asdict(), about_state(state, sums, loss), self.config.to_dict(), data_position)
+        if self.config.keep_best:
+            self.losses[step] = loss
+        with self.writing():
             self.manager.save(step, args=items)
+        self.begun = time.monotonic()
+        return True
 
-    def restore(self, abstract_state: TrainState, config: ConfigDict) -> tuple[TrainState, dict]:
-        """The newest state, laid out as `abstract_state` says, and its data position."""
-        step = self.latest_step()
-        saved = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        check_architecture(self.folder / str(step), saved.config, model_config(config))
-        items = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state._asdict()), data=ocp.args.JsonRestore()
-            ),
-        )
-        return TrainState(**items.state), items.data
+    def restore(self, abstract_state: TrainState, good: bool = False) -> tuple[TrainState, dict]:
+        """The newest whole state, laid out as `abstract_state` says, and its data position.
+
+        Newer checkpoints that are not whole are named in a warning, and renamed to STEP.corrupt.
+
+        Args:
+          abstract_state: shapes, types and shardings.
+          good: pass over checkpoints that were saved amid skipped steps.
+        """
+
+        def read(checkpoint: pathlib.Path) -> tuple[TrainState, dict] | None:
+            with _agreed():
+                about, config, data_position = _read_records(checkpoint)
+                check_same_run(checkpoint, config, about, self.config)
+                if good and about["skipped_in_a_row"]:
+                    return None
+                state = _restore(checkpoint, state=ocp.args.StandardRestore(abstract_state._asdict())).state
+            check_digests(state, about["digests"])
+            return TrainState(**state), data_position
+
+        found, broken = first_whole(step_folders(self.folder), read)
+        if broken:
+            if is_first():
+                for checkpoint in broken:
+                    aside = checkpoint.with_name(f"{checkpoint.name}.corrupt")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    checkpoint.rename(aside)
+            wait_for_all("corrupt checkpoints are set aside")
+            self.manager.reload()
+        return found
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, what goes wrong is of the disk, and is told so."""
+        try:
+            yield
+        except Exception as error:
+            raise UserError(
+                f"checkpoints in {self.folder}: writing one failed ({_reason(error)}), and those before it are whole; "
+                "make room, or mend what is named, and the same command goes on after the newest"
+            ) from error
 
     def close(self) -> None:
         """Waits until everything is written."""
-        self.manager.close()
+        with self.writing():
+            self.manager.close()
 
 
-def check_architecture(where: pathlib.Path, saved: dict, expected: CLIPConfig) -> None:
-    """Refuses a checkpoint whose model is not the configured one, naming the first field that differs."""
-    saved_fields = _flatten(CLIPConfig.from_dict(saved["model"]).to_dict())
-    for field, value in _flatten(expected.to_dict()).items():
-        if field.removeprefix("model.") not in EXECUTION and saved_fields.get(field) != value:
-            raise UserError(
-                f"checkpoint {where}: it holds another architecture, {field} is {saved_fields.get(field)!r} there "
-                f"and {value!r} in the configuration; take another --workdir, or set config.{field} as it was"
-            )
+@dataclasses.dataclass
+class LowestLoss(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint with the lowest loss, of these by step."""
+
+    losses: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        best = min((self.losses.get(checkpoint.step, math.inf) for checkpoint in checkpoints), default=math.inf)
+        return [best < math.inf and self.losses.get(checkpoint.step) == best for checkpoint in checkpoints]
+
+
+def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of checkpoints, the newest first, whole or not."""
+    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(steps, key=lambda path: int(path.name), reverse=True)
+
+
+def first_whole(
+    checkpoints: list[pathlib.Path], read: Callable[[pathlib.Path], Read | None]
+) -> tuple[Read, list[pathlib.Path]]:
+    """What `read` makes of the first whole checkpoint for which it is not None, and those before that are not whole."""
+    broken = []
+    for checkpoint in checkpoints:
+        try:
+            found = read(checkpoint)
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        # Orbax and TensorStore have no error of their own for a file that is cut short or changed.
+        except Exception as error:
+            if is_first():
+                warn(f"checkpoint {checkpoint}: passed over, for it is not whole ({_reason(error)})")
+            broken.append(checkpoint)
+            continue
+        if found is not None:
+            return found, broken
+    if not broken:
+        raise UserError(
+            f"checkpoint {checkpoints[0]}: it and all older ones were saved amid steps that were not finite"
+        )
+    raise UserError(
+        f"checkpoint {broken[0]}: not whole, and no older one is; put a copy there, or take another --workdir to begin anew"
+    )
+
+
+def check_digests(tree: Any, expected: dict[str, int]) -> None:
+    """Compares arrays with the digests with which they were saved."""
+    found, _ = digests(tree)
+    changed = [name for name, value in found.items() if expected.get(name) != value]
+    if changed:
+        raise NotWhole(f"array {changed[0]} is not what was written, nor {len(changed) - 1} others")
+
+
+@contextlib.contextmanager
+def _agreed() -> Iterator[None]:
+    """Makes an error on one process one on all, so that none waits for the others in vain."""
+    error = None
+    try:
+        yield
+    except UserError:  # the same one on all
+        raise
+    except Exception as caught:
+        error = caught
+    if not all_agree(error is None):
+        raise error or NotWhole("another process could not read its part")
+
+
+def _reason(error: Exception) -> str:
+    """One line: the operating system's own words where TensorStore quotes their number, else the error's first line."""
+    number = error.errno if isinstance(error, OSError) else re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return os.strerror(number if isinstance(number, int) else int(number[1]))
+    # TensorStore's messages go on with pages of what was to be opened.
+    said = re.split(r"\n| \[tensorstore_spec|\. See full TensorStore", str(error).strip())[0]
+    return f"{type(error).__name__}: {said}"
+
+
+def _loss(checkpoint: pathlib.Path) -> float:
+    """The mean loss that a checkpoint was saved with, infinite if it cannot be read."""
+    try:
+        return _read_records(checkpoint)[0]["loss"]
+    except Exception:  # of a broken checkpoint, which restoring will name
+        return math.inf
 
 
 def load_model(path: str | pathlib.Path) -> tuple[CLIP, dict]:
-    """The model of a run's newest checkpoint, or of one checkpoint, and the configuration of the run.
+    """The model of a run's newest whole checkpoint, or of one checkpoint, and the configuration of the run.
 
     Args:
       path: a workdir, its folder `checkpoints`, or the folder of one step.
     """
-    checkpoint = _checkpoint(path)
-    config = _restore(checkpoint, config=ocp.args.JsonRestore()).config
+    return first_whole(_meant(path), _read_model)[0]
+
+
+def load_config(path: str | pathlib.Path) -> CLIPConfig:
+    """The configuration of the model that `load_model` would read."""
+    return CLIPConfig.from_dict(first_whole(_meant(path), _read_records)[0][1]["model"])
+
+
+def _read_model(checkpoint: pathlib.Path) -> tuple[CLIP, dict]:
+    about, config, _ = _read_records(checkpoint)
     graphdef, params, batch_stats = split_model(abstract_model(CLIPConfig.from_dict(config["model"])))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
@@ -93,31 +273,54 @@ def load_model(path: str | pathlib.Path) -> tuple[CLIP, dict]:
     state = _restore(
         checkpoint, state=ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
     ).state
+    check_digests(state, about["digests"])
     return nnx.merge(graphdef, state["params"], state["batch_stats"]), config
 
 
-def load_config(path: str | pathlib.Path) -> CLIPConfig:
-    """The configuration of the model that `load_model` would read."""
-    return CLIPConfig.from_dict(_restore(_checkpoint(path), config=ocp.args.JsonRestore()).config["model"])
-
-
-def _checkpoint(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder of the checkpoint that is meant: this one, or the newest."""
+def _meant(path: str | pathlib.Path) -> list[pathlib.Path]:
+    """The folders of the checkpoints that are meant: this one, or all of the run, the newest first."""
     folder = pathlib.Path(path).expanduser().resolve()
     checkpoints = workdir_of(folder) / "checkpoints"
     if not checkpoints.is_dir():
         found = "no folder checkpoints in it" if folder.is_dir() else "no such folder"
         raise UserError(f"--checkpoint={path}: expected the workdir of a run, or one of its checkpoints; found {found}")
-    steps = sorted(ocp.utils.checkpoint_steps(checkpoints))
-    step = int(folder.name) if folder.parent == checkpoints else max(steps, default=None)
-    if step not in steps:
-        raise UserError(f"--checkpoint={path}: found no whole checkpoint there; the steps are {steps or 'none'}")
-    return checkpoints / str(step)
+    folders = step_folders(checkpoints)
+    meant = [folder] if folder.parent == checkpoints else folders
+    if not meant or meant[0] not in folders:
+        steps = sorted(int(step.name) for step in folders)
+        raise UserError(f"--checkpoint={path}: found no checkpoint there; the steps are {steps or 'none'}")
+    return meant
+
+
+def _items(state: dict, about: dict, config: dict, data_position: dict | None) -> ocp.args.Composite:
+    """What a checkpoint is made of; a model without a run has no data position, which JSON calls null."""
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=ocp.args.JsonSave(data_position),
+        config=ocp.args.JsonSave(config),
+        about=ocp.args.JsonSave(about | {"seal": seal(about, config, data_position)}),
+    )
+
+
+def _read_records(checkpoint: pathlib.Path) -> tuple[dict, dict, dict | None]:
+    """What a checkpoint says of itself, the configuration, and the data position, if they are what was written."""
+    names = ("about", "config", "data")
+    items = _restore(checkpoint, **{name: ocp.args.JsonRestore() for name in names})
+    about, config, data_position = (items[name] for name in names)
+    if about.get("seal") != seal(about, config, data_position):
+        raise NotWhole("its configuration, its data position or what it says of itself is not what was written")
+    return about, config, data_position
 
 
 def _restore(checkpoint: pathlib.Path, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
-    """Some of the items of a checkpoint, read without a manager, which would own the folder."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    """Some of the items of a checkpoint, read without a manager, which would own the folder.
+
+    Each process reads what its devices hold, without waiting for the others: one of them may find its part broken.
+    """
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="reader"
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
         return reader.restore(checkpoint, args=ocp.args.Composite(**items))
 
 
@@ -131,15 +334,6 @@ def save_model(folder: str | pathlib.Path, model: CLIP) -> None:
     """Writes a model without a run, as the checkpoint of step 0, for `load_model`."""
     _, params, batch_stats = split_model(model)
     with ocp.CheckpointManager(pathlib.Path(folder).resolve() / "checkpoints", item_names=ITEMS) as manager:
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave({"params": params, "batch_stats": batch_stats}),
-            config=ocp.args.JsonSave({"model": model.config.to_dict()}),
-        )
-        manager.save(0, args=items)
-
-
-def _flatten(values: dict, prefix: str = "model.") -> dict:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        state = {"params": params, "batch_stats": batch_stats}
+        about, config = about_arrays(digests(state)[0]), {"model": model.config.to_dict()}
+        manager.save(0, args=_items(state, about, config, None))

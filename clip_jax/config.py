@@ -28,10 +28,19 @@ def default_config() -> ConfigDict:
         {
             "seed": 0,
             "batch_size": 256,  # pairs a step, over all devices
+            # Of the batch size with which the run began, as are warmup_steps: a run that goes on with another one stays on the
+            # same schedule by the samples that it has seen, and ends after as many.
             "total_steps": 10_000,
             "log_every": 50,  # steps
-            "checkpoint_every": 1_000,  # steps
-            "checkpoints_kept": 3,
+            # A checkpoint is saved every so many steps, and so long after the one before; 0: by steps alone.
+            "checkpoint_every": 1_000,
+            "checkpoint_minutes": 30.0,
+            "checkpoints_kept": 3,  # the last ones, besides these two kinds:
+            "milestone_every": 0,  # one every so many steps, for ever; 0: none
+            "keep_best": True,  # the one with the lowest mean loss since the one before it
+            # A step whose loss or gradient is not finite changes nothing.  After so many in a row the model and its optimizer
+            # come back from the last checkpoint before them, and the data goes on: so often, then the run ends.
+            "nonfinite": {"in_a_row": 10, "rollbacks": 3},
             "model": architecture("ViT-B/32"),
             "loss": {
                 "kind": "softmax",  # or "sigmoid", for a model with a logit_bias
@@ -223,6 +232,13 @@ def validate(config: ConfigDict) -> None:
     for name in ("microbatches", "batch_size", "total_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
         if config[name] < 1:
             raise UserError(f"config.{name} is {config[name]}, expected at least 1")
+    if config.nonfinite.in_a_row < 1:
+        raise UserError(f"config.nonfinite.in_a_row is {config.nonfinite.in_a_row}, expected at least 1")
+    for name in ("checkpoint_minutes", "milestone_every"):
+        if config[name] < 0:
+            raise UserError(f"config.{name} is {config[name]}, expected 0, for never, or more")
+    if config.nonfinite.rollbacks < 0:
+        raise UserError(f"config.nonfinite.rollbacks is {config.nonfinite.rollbacks}, expected at least 0")
     if not config.data.sets:
         raise UserError("config.data.sets is empty, expected at least one set: a folder, a table, or shards")
     if not config.data.caption:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from clip_jax.errors import UserError
@@ -69,6 +70,16 @@ def on_every_host(tree: Any) -> Any:
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_put(tree, jax.local_devices()[0])
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether every process says yes; each has to ask."""
+    return yes if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(yes)).all())
+
+
+def first_says(yes: bool) -> bool:
+    """What the first process says, on all of them; each has to ask."""
+    return yes if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(yes)))
 
 
 def wait_for_all(where: str) -> None:

@@ -31,7 +31,7 @@ def draw_figures(model: CLIP, workdir: pathlib.Path) -> None:
 def draw_loss(metrics: pathlib.Path, file: pathlib.Path) -> None:
     """The loss of every logged step, and the loss of guessing."""
     records = read_metrics(metrics)
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+    steps, losses = [r["step"] for r in records], [math.nan if r["loss"] is None else r["loss"] for r in records]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses, linewidth=1.5)
     if records:

@@ -68,7 +68,8 @@ class Health:
         """A line on what was skipped, empty if nothing was."""
         bad = sum(self.reasons.values())
         counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        return f"skipped {bad} samples of {self.seen:,} ({counts}); {self.ledger} names them" if bad else ""
+        where = f"; {self.ledger} names them" if self.ledger else ""
+        return f"skipped {bad} samples of {self.seen:,} ({counts}){where}" if bad else ""
 
     def _write(self, found: list[Bad]) -> None:
         new = {(*place, reason): message for place, reason, message in found if (*place, reason) not in self.written}

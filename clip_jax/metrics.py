@@ -12,18 +12,24 @@ import jax
 import tensorboardX
 import tqdm
 
+from clip_jax.errors import UserError
+
 
 class MetricsLog:
     """The records of a run in its workdir.
 
     A logged step has `step`, `samples_seen`, `loss` (of that step), `lr`, `samples_per_second` and
     `data_wait` (both since the last logged step; the second is a share of the time, 0 to 1), and what
-    else the step measures.  Of several processes one `writes`.
+    else the step measures; a number that is not finite is null.  Of several processes one `writes`.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int, total: int, batch_size: int, log_every: int, writes: bool):
+    def __init__(
+        self, workdir: pathlib.Path, start: int, seen: int, total: int, batch_size: int, log_every: int, writes: bool
+    ):
+        """A log from step `start`, before which `seen` samples were seen, to step `total`."""
         self.batch_size, self.log_every, self.total, self.writes = batch_size, log_every, total, writes
-        self.in_flight = None
+        self.in_flight, self.losses = None, []
+        self.seen_before_first = seen - start * batch_size
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), start
         if not writes:
             return
@@ -31,7 +37,10 @@ class MetricsLog:
         workdir.mkdir(parents=True, exist_ok=True)
         # A run that was killed has logged steps after its last checkpoint; they are taken again.
         kept = [record for record in read_metrics(self.file) if record["step"] <= start]
-        self.file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        # Beside the file, and then in its place, so that no moment is bad to be killed in.
+        beside = self.file.with_suffix(".new")
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        beside.replace(self.file)
         self.events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         # In a file, where lines cannot be drawn over, a line a minute is enough.
         interval = 0.2 if sys.stderr.isatty() else 60
@@ -56,17 +65,18 @@ class MetricsLog:
         """Takes the metrics of the step just started; writes them down if it is one to log."""
         # One step may be under way while the next batch is made; further ahead the times would lie.
         jax.block_until_ready(self.in_flight)
+        self._keep_loss()
         self.in_flight = metrics
         if not self.writes:
             return
         self.bar.update()
         if step % self.log_every and step != self.total:
             return
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: value.item() for name, value in metrics.items()}
         elapsed = time.perf_counter() - self.since
         record = {
             "step": step,
-            "samples_seen": step * self.batch_size,
+            "samples_seen": self.seen_before_first + step * self.batch_size,
             "loss": values.pop("loss"),
             "lr": values.pop("lr"),
             "samples_per_second": (step - self.since_step) * self.batch_size / elapsed,
@@ -74,8 +84,15 @@ class MetricsLog:
             **values,
         }
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), step
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        try:
+            with self.file.open("a") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.file}: cannot be written, {error.strerror}; make room, and the same command goes on after the "
+                "last checkpoint"
+            ) from error
         for name, value in record.items():
             if name != "step":
                 self.events.add_scalar(name, value, step)
@@ -84,6 +101,16 @@ class MetricsLog:
             f"{record['samples_per_second']:.0f} samples/s, data wait {record['data_wait']:.0%}",
             refresh=False,
         )
+
+    def mean_loss(self) -> float:
+        """The mean loss of the steps since this was last asked, without those skipped; infinite if all were."""
+        self._keep_loss()
+        self.in_flight, losses, self.losses = None, [loss for loss in self.losses if math.isfinite(loss)], []
+        return math.fsum(losses) / len(losses) if losses else math.inf
+
+    def _keep_loss(self) -> None:
+        if self.in_flight:
+            self.losses.append(float(self.in_flight["loss"]))
 
 
 def read_metrics(file: pathlib.Path) -> list[dict]:

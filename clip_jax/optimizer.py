@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 def make_schedule(config: ConfigDict) -> optax.Schedule:
     """The learning rate of each step: linear warm-up, then a cosine to zero at the last step.
 
+    Steps are counted in batches of the size with which the run began, and may be a fraction (state.py).
     The first step already moves, by peak / warmup_steps, as in open_clip's `scheduler.py`.
     """
     peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
@@ -20,11 +21,15 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Clips the gradient by its global norm, then AdamW."""
+    """Clips the gradient by its global norm, then AdamW, but for the learning rate.
+
+    Optax's own schedules count updates; this one goes by samples, so the step multiplies by minus the rate.
+    """
     o = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(o.gradient_clip),
-        optax.adamw(make_schedule(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decayed),
+        optax.scale_by_adam(o.b1, o.b2, o.eps),
+        optax.add_decayed_weights(o.weight_decay, decayed),
     )
 
 

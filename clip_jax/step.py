@@ -6,7 +6,6 @@ It reads from here to `losses.py` and `models/clip.py`; nothing else happens in 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +23,12 @@ from clip_jax.models.clip import MAX_LOGIT_SCALE
 from clip_jax.models.vit import draw_patches
 from clip_jax.optimizer import make_optimizer, make_schedule
 from clip_jax.sharding import BATCH, activations_on, batch_sharding, from_microbatches, in_microbatches, state_shardings
+from clip_jax.state import Mishaps, Params, TrainState, after_batch, first_state, schedule_position
 
 Batch = dict[str, UInt8[Array, "B H W 3"] | Int[Array, "B T"]]
-Metrics = dict[str, Float[Array, ""]]
-Params = dict[str, Any]  # arrays in nested dictionaries, by the names of modules
+Metrics = dict[str, Float[Array, ""] | Int[Array, ""]]
 Features = tuple[Float[Array, "B E"], Float[Array, "B E"]]  # of images and texts, of length one
 Loss = Callable[[Features, Params], Float[Array, ""]]
-
-
-class TrainState(NamedTuple):
-    """Everything that a step reads and writes, and a checkpoint keeps."""
-
-    step: Int[Array, ""]  # steps taken
-    params: Params  # float32
-    batch_stats: Params  # running statistics of BatchNorm, empty without it
-    optimizer: optax.OptState
 
 
 def train_step(
@@ -50,7 +40,10 @@ def train_step(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
-    """Forward, loss over the similarity matrix of all devices, backward, update, clamp."""
+    """Forward, loss over the similarity matrix of all devices, backward, update, clamp.
+
+    Where the loss or the gradient is not finite the batch counts as seen, and nothing else changes.
+    """
 
     def encode(params: Params, batch: Batch) -> tuple[Features, Params]:
         """Features of images and texts, and BatchNorm's new statistics."""
@@ -62,19 +55,33 @@ def train_step(
         return (image_features, text_features), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     loss, gradients, batch_stats = gradients_of(encode, state.params, draw(state.step, batch))
+    rate, norm = schedule(schedule_position(state.seen)), optax.tree.norm(gradients)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: -rate * update, updates))
     # The paper's clip at 100 (section 2.5), after the update, so that it holds for whoever reads it.
     params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
+    # By the gradient's norm alone.  A loss that is not finite has a gradient that is not, and on a CPU one more use of
+    # the loss rounded it otherwise.  If the new parameters were asked, a second copy of them would have to be held.
+    finite = jnp.isfinite(norm)
+    params, batch_stats, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, batch_stats, optimizer_state),
+        (state.params, state.batch_stats, state.optimizer),
+    )
+    before = state.mishaps
+    mishaps = Mishaps(before.skipped + ~finite, jnp.where(finite, 0, before.skipped_in_a_row + 1), before.rollbacks)
     metrics = {
         "loss": loss,
-        "lr": schedule(state.step),
-        "gradient_norm": optax.tree.norm(gradients),
+        "lr": rate,
+        "gradient_norm": norm,
         "logit_scale": jnp.exp(params["logit_scale"]),
+        "skipped_steps": mishaps.skipped,
+        "skipped_in_a_row": mishaps.skipped_in_a_row,
     }
     if "logit_bias" in params:
         metrics["logit_bias"] = params["logit_bias"]
-    return TrainState(state.step + 1, params, batch_stats, optimizer_state), metrics
+    seen = after_batch(state.seen, len(batch["tokens"]))
+    return TrainState(state.step + 1, seen, mishaps, params, batch_stats, optimizer_state), metrics
 
 
 def whole_batch(loss: Loss, encode: Callable, params: Params, batch: Batch) -> tuple[Float[Array, ""], Params, Params]:
@@ -171,7 +178,7 @@ def abstract_model(config: CLIPConfig) -> CLIP:
 def init_state(config: ConfigDict) -> TrainState:
     """The state before the first step, from `config.seed`."""
     _, params, batch_stats = split_model(CLIP(model_config(config), rngs=nnx.Rngs(config.seed)))
-    return TrainState(jnp.int32(0), params, batch_stats, make_optimizer(config).init(params))
+    return first_state(params, batch_stats, make_optimizer(config).init(params), config.batch_size)
 
 
 def model_of(arrays: tuple[Params, Params], config: ConfigDict) -> CLIP:

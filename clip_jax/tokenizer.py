@@ -12,6 +12,7 @@ strings, all of them with a special token written out.
 
 import functools
 import gzip
+import hashlib
 import html
 import importlib.resources
 import json
@@ -163,6 +164,12 @@ def _vocabulary() -> tuple[dict[str, int], list[str]]:
     tokens = [*characters, *(c + "</w>" for c in characters)]
     tokens += ["".join(pair) for pair in _merge_ranks()] + list(_SPECIAL)
     return {token: i for i, token in enumerate(tokens)}, tokens
+
+
+@functools.cache
+def vocabulary_sha256() -> str:
+    """The SHA-256 of the vocabulary: its tokens in the order of their ids, one a line."""
+    return hashlib.sha256("\n".join(_vocabulary()[1]).encode()).hexdigest()
 
 
 def hf_tokenizer_files(context_length: int) -> dict[str, str]:

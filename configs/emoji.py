@@ -18,13 +18,13 @@ EMOJI = pathlib.Path(__file__).parent.parent / "clip_jax" / "emoji"
 def get_config():
     config = default_config()
     config.batch_size = 256
-    config.total_steps = 1180
+    config.total_steps = 1240
     config.log_every = 10
     config.checkpoint_every = 250
     config.model = architecture("emoji")
     config.model.dtype = "float32"  # XLA's CPU compiler gains nothing from bfloat16
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 59
+    config.optimizer.warmup_steps = 62
     config.optimizer.weight_decay = 0.1
     data = config.data
     data.sets = tuple(str(EMOJI / vendor / "1.0.0") for vendor in VENDORS)

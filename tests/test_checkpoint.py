@@ -25,13 +25,13 @@ def equal(a, b) -> bool:
 @pytest.mark.parametrize("model", [VIT, RESNET], ids=["vit", "resnet"])
 def test_a_state_comes_back_to_the_bit_also_on_another_mesh(model, tmp_path):
     state, abstract = trained(config(model, data=2, fsdp=4), jax.devices())
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state, {"next_index": 2}, config(model))
+    checkpoints = Checkpoints(tmp_path, config(model))
+    checkpoints.save(state, {"next_index": 2})
     checkpoints.close()
     _, one_device = trained(config(model), jax.devices()[:1], steps=0)
     for target in (abstract, one_device):
-        checkpoints = Checkpoints(tmp_path)
-        found, position = checkpoints.restore(target, config(model))
+        checkpoints = Checkpoints(tmp_path, config(model))
+        found, position = checkpoints.restore(target)
         assert equal(found, state) and position == {"next_index": 2} and int(found.step) == 2
         assert jax.tree.all(jax.tree.map(lambda x, a: x.sharding == a.sharding, found, target))
         checkpoints.close()
@@ -39,8 +39,8 @@ def test_a_state_comes_back_to_the_bit_also_on_another_mesh(model, tmp_path):
 
 def test_the_model_loads_without_optimizer_state(tmp_path):
     state, _ = trained(config(RESNET), jax.devices()[:1])
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state, {}, config(RESNET))
+    checkpoints = Checkpoints(tmp_path, config(RESNET))
+    checkpoints.save(state, {})
     checkpoints.close()
     for place in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "2"):
         model, saved = load_model(place)
@@ -52,16 +52,16 @@ def test_the_model_loads_without_optimizer_state(tmp_path):
 
 def test_another_architecture_is_refused_by_field(tmp_path):
     state, _ = trained(config(VIT), jax.devices()[:1], steps=0)
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state, {}, config(VIT))
+    checkpoints = Checkpoints(tmp_path, config(VIT))
+    checkpoints.save(state, {})
+    checkpoints.close()
     _, abstract = trained(config(RESNET), jax.devices()[:1], steps=0)
     with pytest.raises(UserError, match="another architecture, model.name is 'test-vit' there and 'test-resnet'"):
-        checkpoints.restore(abstract, config(RESNET))
+        Checkpoints(tmp_path, config(RESNET)).restore(abstract)
     changed = config(VIT)
     changed.model.activation = "gelu"
     with pytest.raises(UserError, match="model.activation is 'quick_gelu' there and 'gelu' in the configuration"):
-        checkpoints.restore(abstract, changed)
-    checkpoints.close()
+        Checkpoints(tmp_path, changed).restore(abstract)
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
@@ -70,5 +70,5 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="found no folder checkpoints in it"):
         load_model(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="found no whole checkpoint there; the steps are none"):
+    with pytest.raises(UserError, match="found no checkpoint there; the steps are none"):
         load_model(tmp_path)

@@ -57,6 +57,10 @@ def test_a_mistake_on_the_command_line_is_named(argument, message):
 @pytest.mark.parametrize(
     "field, value, message",
     [
+        ("nonfinite.in_a_row", "0", "config.nonfinite.in_a_row is 0, expected at least 1"),
+        ("nonfinite.rollbacks", "-1", "config.nonfinite.rollbacks is -1, expected at least 0"),
+        ("checkpoint_minutes", "-1", "config.checkpoint_minutes is -1.0, expected 0, for never, or more"),
+        ("milestone_every", "-5", "config.milestone_every is -5, expected 0, for never, or more"),
         ("total_steps", "0", "config.total_steps is 0, expected at least 1"),
         ("optimizer.warmup_steps", "100000", "warmup_steps 100000 does not leave any"),
         ("data.sets", "()", "config.data.sets is empty"),
