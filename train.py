@@ -75,10 +75,12 @@ def main(arguments: list[str]) -> None:
         MetricsLog(workdir, start, seen, total, config.batch_size, config.log_every, is_first()) as log,
     ):
         for number in range(start + 1, total + 1):
-            with log.waiting_for_data():
+            with log.waiting("data"):
                 batch = next(batches)
-            state, metrics = step(state, put_batch(batch, mesh))
-            log.record(number, metrics)
+            with log.waiting("copy"):
+                batch = put_batch(batch, mesh)
+            state, metrics = step(state, batch)
+            log.record(number, metrics, health.seconds)
             state = recovery.after(state, metrics)
             stopped = interruption.reached(number)
             if stopped or number == total or checkpoints.due(number):

@@ -1,12 +1,13 @@
 """What a run reports while it runs: a progress bar, `metrics.jsonl`, and TensorBoard events."""
 
+import collections
 import contextlib
 import json
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import tensorboardX
@@ -18,9 +19,10 @@ from clip_jax.errors import UserError
 class MetricsLog:
     """The records of a run in its workdir.
 
-    A logged step has `step`, `samples_seen`, `loss` (of that step), `lr`, `samples_per_second` and
-    `data_wait` (both since the last logged step; the second is a share of the time, 0 to 1), and what
-    else the step measures; a number that is not finite is null.  Of several processes one `writes`.
+    A logged step has `step`, `samples_seen`, `loss` (of that step), `lr`, and since the last logged step
+    `samples_per_second`, `data_wait` and `copy_wait` (shares of the time, 0 to 1, without a batch and on its way to the
+    devices) and the `bottleneck`: read, decode, host-to-device or compute; and what else the step measures.  A number that
+    is not finite is null.  Of several processes one `writes`.
     """
 
     def __init__(
@@ -30,7 +32,8 @@ class MetricsLog:
         self.batch_size, self.log_every, self.total, self.writes = batch_size, log_every, total, writes
         self.in_flight, self.losses = None, []
         self.seen_before_first = seen - start * batch_size
-        self.waited, self.since, self.since_step = 0.0, time.perf_counter(), start
+        self.waited, self.made = collections.Counter(), collections.Counter()
+        self.since, self.since_step = time.perf_counter(), start
         if not writes:
             return
         self.file = workdir / "metrics.jsonl"
@@ -55,14 +58,18 @@ class MetricsLog:
             self.events.close()
 
     @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time inside as waiting."""
+    def waiting(self, what: str) -> Iterator[None]:
+        """Counts the time inside as waiting for "data" or for its "copy" to the devices."""
         start = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - start
+        self.waited[what] += time.perf_counter() - start
 
-    def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the step just started; writes them down if it is one to log."""
+    def record(self, step: int, metrics: dict[str, jax.Array], making: Mapping[str, float]) -> None:
+        """Takes the metrics of the step just started; writes them down if it is one to log.
+
+        Args:
+          making: seconds that it took so far to "read" and to "decode" what the batches are made of.
+        """
         # One step may be under way while the next batch is made; further ahead the times would lie.
         jax.block_until_ready(self.in_flight)
         self._keep_loss()
@@ -80,14 +87,17 @@ class MetricsLog:
             "loss": values.pop("loss"),
             "lr": values.pop("lr"),
             "samples_per_second": (step - self.since_step) * self.batch_size / elapsed,
-            "data_wait": self.waited / elapsed,
+            "data_wait": self.waited["data"] / elapsed,
+            "copy_wait": self.waited["copy"] / elapsed,
             **values,
         }
-        self.waited, self.since, self.since_step = 0.0, time.perf_counter(), step
+        bottleneck = _bottleneck(record["data_wait"], record["copy_wait"], collections.Counter(making) - self.made)
+        self.waited, self.made = collections.Counter(), collections.Counter(making)
+        self.since, self.since_step = time.perf_counter(), step
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         try:
             with self.file.open("a") as file:
-                file.write(json.dumps(finite) + "\n")
+                file.write(json.dumps(finite | {"bottleneck": bottleneck}) + "\n")
         except OSError as error:
             raise UserError(
                 f"{self.file}: cannot be written, {error.strerror}; make room, and the same command goes on after the "
@@ -98,7 +108,7 @@ class MetricsLog:
                 self.events.add_scalar(name, value, step)
         self.bar.set_postfix_str(
             f"loss {record['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
-            f"{record['samples_per_second']:.0f} samples/s, data wait {record['data_wait']:.0%}",
+            f"{record['samples_per_second']:.0f} samples/s, data wait {record['data_wait']:.0%}, bottleneck {bottleneck}",
             refresh=False,
         )
 
@@ -111,6 +121,13 @@ class MetricsLog:
     def _keep_loss(self) -> None:
         if self.in_flight:
             self.losses.append(float(self.in_flight["loss"]))
+
+
+def _bottleneck(data_wait: float, copy_wait: float, making: Mapping[str, float]) -> str:
+    """What a run waits for most, if that is a twentieth of its time; or else compute."""
+    if max(data_wait, copy_wait) < 0.05:
+        return "compute"
+    return "host-to-device" if copy_wait > data_wait else max(("read", "decode"), key=lambda what: making.get(what, 0.0))
 
 
 def read_metrics(file: pathlib.Path) -> list[dict]:

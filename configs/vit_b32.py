@@ -1,9 +1,9 @@
 """ViT-B/32 on image-caption pairs of your own, with open_clip's recipe.
 
-    python train.py --config=configs/vit_b32.py --workdir=runs/mine --config.data.sets=FOLDER
+    python train.py --config=configs/vit_b32.py --workdir=runs/mine --config.data.sets=SET
 
-FOLDER is a prepared TFDS set in ArrayRecord whose records have `image` and `caption`; README.md shows
-how to make one.  No run of it was measured yet: there is no expected metric.
+SET is a table, such as pairs.csv, tars, a folder or a TFDS set, whose records have `image` and `caption`; see
+docs/data.md.  No run of it was measured yet: there is no expected metric.
 """
 
 from clip_jax.config import architecture, default_config
