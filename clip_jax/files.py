@@ -108,7 +108,8 @@ def _read_local(path: str, start: int, size: int | None) -> bytes | Exception:
     try:
         if size is None:
             with open(path, "rb") as file:
-                file.seek(start)
+                if start:
+                    file.seek(start)  # which a pipe cannot
                 return file.read()
         file = _open(path)
         data = os.pread(file.fileno(), size, start)

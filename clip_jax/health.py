@@ -104,7 +104,7 @@ def watched(reading: Callable[[], list[str]], seconds: float) -> Iterator[None]:
         while not done.wait(seconds):
             waited += seconds
             shards = ", ".join(reading()[:5]) or "no shard: decoding, or other threads, take the time"
-            print(f"host {jax.process_index()}: no batch for {waited:.0f} s; it reads {shards}", file=sys.stderr, flush=True)
+            print(f"host {jax.process_index()}: no batch for {waited:.3g} s; it reads {shards}", file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -1,8 +1,11 @@
+import concurrent.futures
 import gzip
 import io
 import json
+import os
 import pathlib
 import tarfile
+import time
 import zlib
 
 import numpy as np
@@ -377,3 +380,20 @@ def test_a_mixture_of_sets(tmp_path):
 def test_bad_samples_are_told_from_programs_that_need_all(tmp_path):
     bad = BadSample("undecodable", "here: broken")
     assert isinstance(bad, UserError) and bad.reason == "undecodable" and str(bad) == "here: broken"
+
+
+def test_a_source_that_stalls_is_named(files, capfd):
+    (files / "pairs.csv").write_text("\n".join(["image,caption", *(f"pictures/{i}.jpg,number {i}" for i in range(5))]))
+    batches = training_batches(config_of(str(files / "pairs.csv"), batch=5, stall_seconds=0.2))
+    slow = files / "pictures" / "3.jpg"
+    slow.unlink()
+    os.mkfifo(slow)  # whoever opens it waits for a writer
+    errors = ""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(next, batches)
+        while errors.count("no batch for") < 2:
+            time.sleep(0.05)
+            errors += capfd.readouterr().err
+        slow.write_bytes(jpeg(3))
+        assert "number 3" in captions(batch.result()["tokens"])
+    assert f"host 0: no batch for 0.2 s; it reads {files}/pairs.csv" in errors

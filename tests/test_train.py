@@ -57,6 +57,8 @@ def test_a_run_reports_what_other_tools_rely_on(finished):
     for record in results:
         for name in (n for n in record["metrics"] if not n.endswith("_chance")):
             assert f"{name:<28}{record['metrics'][name]:>9.2%}" in result.stdout
+    rows = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(row)["bottleneck"] for row in rows} <= {"compute", "read", "decode", "host-to-device"}
     for name in ("loss.png", "similarity.png", "retrieval.png"):
         with PIL.Image.open(workdir / name) as figure:
             assert min(figure.size) > 300
