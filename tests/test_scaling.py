@@ -1,6 +1,6 @@
 """Fifty steps of the embedded default, on every mesh and in every way of computing them.
 
-At a tenth of its learning rate: at the whole one training is chaotic, and the control, one device with parameters
+At a twentieth of its learning rate: at the whole one training is chaotic, and the control, one device with parameters
 that differ by a rounding error at the start, is off by as much as any mesh.
 
     XLA_FLAGS=--xla_backend_optimization_level=3 python -m pytest -n 0 -m scaling -s tests/test_scaling.py
@@ -54,7 +54,7 @@ def traces():
     return of
 
 
-def trace(file: str, devices: int, fields: dict, rate: float = 2e-4, disturbed: bool = False) -> np.ndarray:
+def trace(file: str, devices: int, fields: dict, rate: float = 1e-4, disturbed: bool = False) -> np.ndarray:
     config = load_config(file)
     for name, value in (fields | {"optimizer.learning_rate": rate}).items():
         set_field(config, name, str(value))
