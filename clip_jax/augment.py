@@ -16,6 +16,7 @@ import simplejpeg
 from jaxtyping import Float, Float32, UInt8
 
 from clip_jax import images
+from clip_jax.errors import UserError
 
 cv2.setNumThreads(1)  # batches are made in threads of their own, and OpenCV's would stand in their way
 
@@ -41,6 +42,13 @@ class Augmentation:
     saturation: float = 0.0  # share, either way
     light: float = 0.0  # levels, of 255, by which one side may be lit and the opposite one be in the shade
     background_rate: float = 0.0  # probability that transparency shows a random colour, not white
+
+    def __post_init__(self):
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise UserError(f"config.data.augment.crop_scale is {self.crop_scale}, expected two shares, 0 < first <= second <= 1")
+        if not 0 < self.zoom[0] <= self.zoom[1]:
+            raise UserError(f"config.data.augment.zoom is {self.zoom}, expected two factors, 0 < first <= second")
 
     @property
     def moves(self) -> bool:
@@ -77,7 +85,7 @@ def premultiplied(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def decoded_size(size: int, strength: Augmentation) -> int:
     """Pixels that the shorter side of a picture must keep, so that no crop of it is enlarged that need not be."""
-    return math.ceil(size / math.sqrt(strength.crop_scale[0] * 3 / 4)) if strength.crop_scale[0] < 0.5 else size
+    return size if strength.crop_scale == (1.0, 1.0) else math.ceil(size / math.sqrt(strength.crop_scale[0] * 3 / 4))
 
 
 def augment(

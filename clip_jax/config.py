@@ -241,6 +241,17 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.nonfinite.rollbacks is {config.nonfinite.rollbacks}, expected at least 0")
     if not config.data.sets:
         raise UserError("config.data.sets is empty, expected at least one set: a folder, a table, or shards")
+    Augmentation(**config.data.augment)  # which checks itself
+    for name, lowest in (("threads", 0), ("prefetch", 0), ("max_bad", 0), ("stall_seconds", 0.01)):
+        if config.data[name] < lowest:
+            raise UserError(f"config.data.{name} is {config.data[name]}, expected at least {lowest}")
+    for name in ("weights", "caption_weights"):
+        if not all(isinstance(weight, (int, float)) for weight in config.data[name]):
+            raise UserError(f"config.data.{name} is {config.data[name]}, expected numbers")
+    if config.data.template_rate and not config.data.templates:
+        raise UserError("config.data.templates is empty, and config.data.template_rate above 0; set one of the two")
+    if config.seed < 0:
+        raise UserError(f"config.seed is {config.seed}, expected 0 or more")
     if not config.data.caption:
         raise UserError("config.data.caption is empty, expected the name of at least one field")
     if config.optimizer.warmup_steps >= config.total_steps:

@@ -25,7 +25,7 @@ from clip_jax.records import Place, Record, Records, missing_field, open_records
 from clip_jax.tokenizer import tokenize
 
 ATTEMPTS = 100  # samples that are tried for one row
-CAPTION_DRAWS = 9  # random numbers that one caption takes
+CAPTION_DRAWS = 10  # random numbers that one caption takes
 KEYWORDS = 3  # at most, in a caption
 
 
@@ -68,7 +68,8 @@ class Sets:
 
 def texts(value: Any) -> list[str]:
     """The texts of a record's field, which holds one or several; stripped, the empty ones left out."""
-    values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    values = np.atleast_1d(value).tolist() if isinstance(value, np.ndarray) else value
+    values = [v for v in (values if isinstance(values, (list, tuple)) else [values]) if v is not None and v == v]
     stripped = [(v.decode() if isinstance(v, bytes) else str(v)).strip() for v in values]
     return [text for text in stripped if text]
 
@@ -202,6 +203,9 @@ class TrainingBatches:
         fields = [field for field in data.caption if field in record]
         if not fields:
             return missing_field(place, data.caption[0], list(record))
+        if not isinstance(record[data.image], (bytes, bytearray, memoryview)):
+            found = f"{record[data.image]!r:.60}"
+            return BadSample("missing field", f"{place} field {data.image!r}: expected the bytes of a picture, found {found}")
         try:
             captions = {field: found for field in fields if (found := texts(record[field]))}
             keywords = texts(record[data.keywords]) if data.keywords else []
@@ -228,11 +232,16 @@ class TrainingBatches:
         sizes = []
         for part, first in zip(self.records.parts, self.records.starts.tolist()):
             before = len(found)
-            for index, record in enumerate(part.read(range(len(part))), first):
-                if isinstance(record, BadSample) or self.data.group not in record:
-                    bad = record if isinstance(record, BadSample) else missing_field(self.records.place(index), self.data.group, list(record))
-                    raise bad
-                found.setdefault(texts(record[self.data.group])[0], []).append(index)
+            for start in range(0, len(part), 1024):  # with the pictures, which memory might not hold all at once
+                stretch = range(start, min(start + 1024, len(part)))
+                for index, record in enumerate(part.read(stretch), first + start):
+                    name = [] if isinstance(record, BadSample) else texts(record.get(self.data.group))
+                    if name:
+                        found.setdefault(name[0], []).append(index)
+                        continue
+                    place = self.records.place(index)
+                    bad = record if isinstance(record, BadSample) else missing_field(place, self.data.group, list(record))
+                    self.records.broken.append((place, bad.reason, str(bad)))
             sizes.append(len(found) - before)
         return list(found.values()), sizes
 
@@ -242,12 +251,12 @@ class TrainingBatches:
         caption, data = captions[int(which * len(captions))], self.data
         if sample.keywords and kind < data.keyword_rate:
             left, drawn = list(sample.keywords), []
-            for draw in [*keyword_draws, count][: 1 + int(count * KEYWORDS)]:
+            for draw in keyword_draws[: 1 + int(count * KEYWORDS)]:
                 if left:
                     drawn.append(left.pop(int(draw * len(left))))
             return ", ".join([caption, *drawn] if both < 0.5 else drawn)
         if whether < data.template_rate:
-            return data.templates[int(template * len(data.templates))].format(caption)
+            return data.templates[int(template * len(data.templates))].replace("{}", caption)
         return caption
 
 
@@ -300,13 +309,24 @@ class Batches:
         self.health.record(batch.pop("report"))
         return batch
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """The position: small, and restored at the same cost at any step, also with another batch size."""
-        return {"position": self.source.order.after(self.source.position, self.source.batch_size, self.taken)}
+        position = self.source.order.after(self.source.position, self.source.batch_size, self.taken)
+        return {"position": position, "examples": self.source.order.sizes}
 
-    def set_state(self, state: dict[str, int]) -> None:
-        if set(state) != {"position"}:
-            raise UserError(f"the data position of the checkpoint is {state}, expected a position; it was written by an older version")
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on at a position.
+
+        Raises:
+          UserError: the sets have other numbers of examples now, among which the position means nothing.
+        """
+        if set(state) != {"position", "examples"}:
+            raise UserError(f"the data position of the checkpoint is {state}, which an older version wrote; take another --workdir")
+        if state["examples"] != self.source.order.sizes:
+            raise UserError(
+                f"the data sets have {self.source.order.sizes} examples and had {state['examples']} when the checkpoint was "
+                "written, so that its position means nothing; bring back what they were, or take another --workdir"
+            )
         self._go_on(int(state["position"]))
 
 

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import fsspec
 
 from clip_jax.errors import UserError
 
+RETRIES = (0.5, 2.0, 8.0)  # seconds before what could not be read far away is asked for again
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "http": "http", "https": "http"}  # what pip installs for a scheme
 
 
@@ -72,16 +74,34 @@ def describe(path: str) -> tuple[int, str]:
         raise UserError(f"{path}: expected a file, which cannot be seen ({type(error).__name__}: {error})") from error
     if info["type"] != "file" or info["size"] is None:
         raise UserError(f"{path}: expected a file, found a {info['type']}" + (" of unknown size" if info["type"] == "file" else ""))
-    version = next((str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified") if info.get(name)), "")
+    version = next((str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified", "Last-Modified") if info.get(name)), "")
     return info["size"], version
 
 
 def read_ranges(parts: Sequence[tuple[str, int, int | None]]) -> list[bytes | Exception]:
-    """Parts of files, (path, first byte, size or None for all that follows), those of one bucket at the same time.
+    """Parts of files, (path, first byte, size), those of one bucket at the same time; (path, 0, None) is all of a file.
 
     Returns:
-      For each its bytes, or why they cannot be read; fewer bytes than asked for are an error.
+      For each its bytes, or why they cannot be read, after some attempts; fewer bytes than asked for are an error.
     """
+    found = _read_once(parts)
+    for wait in RETRIES:
+        # A file that is not there stays away; what else is far away may only be busy.
+        again = [i for i, data in enumerate(found) if _may_come_back(parts[i][0], data)]
+        if not again:
+            break
+        time.sleep(wait)
+        for i, data in zip(again, _read_once([parts[i] for i in again])):
+            found[i] = data
+    return found
+
+
+def _may_come_back(path: str, data: bytes | Exception) -> bool:
+    for_good = (FileNotFoundError, PermissionError, UserError)
+    return isinstance(data, Exception) and not is_local(path) and not isinstance(data, for_good)
+
+
+def _read_once(parts: Sequence[tuple[str, int, int | None]]) -> list[bytes | Exception]:
     found: list[bytes | Exception] = [OSError("not read")] * len(parts)
     remote: dict[str, list[int]] = {}
     for i, (path, start, size) in enumerate(parts):
@@ -91,10 +111,10 @@ def read_ranges(parts: Sequence[tuple[str, int, int | None]]) -> list[bytes | Ex
             remote.setdefault(path.partition("://")[0], []).append(i)
     for members in remote.values():
         paths, starts, sizes = zip(*(parts[i] for i in members))
-        fs, _ = filesystem(paths[0])
-        own = [fs._strip_protocol(path) for path in paths]
         ends = [None if size is None else start + size for start, size in zip(starts, sizes)]
         try:
+            fs, _ = filesystem(paths[0])
+            own = [fs._strip_protocol(path) for path in paths]
             read = fs.cat_ranges(own, list(starts), ends, on_error="return")
         except Exception as error:  # a file system that knows no on_error
             read = [error] * len(members)
@@ -108,8 +128,6 @@ def _read_local(path: str, start: int, size: int | None) -> bytes | Exception:
     try:
         if size is None:
             with open(path, "rb") as file:
-                if start:
-                    file.seek(start)  # which a pipe cannot
                 return file.read()
         file = _open(path)
         data = os.pread(file.fileno(), size, start)
@@ -118,6 +136,6 @@ def _read_local(path: str, start: int, size: int | None) -> bytes | Exception:
         return error
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def _open(path: str):
     return open(path, "rb")  # closed when nothing refers to it any more

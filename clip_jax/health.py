@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, warn
 from clip_jax.records import Place
 
 ENOUGH = 1_000  # samples, before a share of bad ones is judged
@@ -42,10 +42,19 @@ class Health:
         self.ledger, self.max_bad = ledger, max_bad
         self.seen, self.reasons = 0, collections.Counter()
         self.seconds = collections.Counter()
-        self.written = {(row["shard"], row["key"], row["reason"]) for row in read_ledger(ledger)} if ledger else set()
+        rows = read_ledger(ledger) if ledger else []
+        self.written = {(row["shard"], row["key"], row["reason"]) for row in rows}
+        if rows:  # without a line that a kill left half-written
+            beside = ledger.with_suffix(".new")
+            beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            beside.replace(ledger)
 
     def broken(self, found: list[Bad]) -> None:
-        """Takes note of what was broken before anything was read."""
+        """Takes note of what was broken before anything was read, and says so."""
+        if found:
+            reasons = collections.Counter(reason for _, reason, _ in found)
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            warn(f"{len(found)} samples or shards are damaged ({counts}) and left out; the first: {found[0][2]}")
         self._write(found)
 
     def record(self, report: Report) -> None:
@@ -75,10 +84,16 @@ class Health:
         new = {(*place, reason): message for place, reason, message in found if (*place, reason) not in self.written}
         if not new or self.ledger is None:
             return
-        self.ledger.parent.mkdir(parents=True, exist_ok=True)
-        with self.ledger.open("a") as file:
-            for (shard, key, reason), message in new.items():
-                file.write(json.dumps({"shard": shard, "key": key, "reason": reason, "message": message}) + "\n")
+        lines = [
+            json.dumps({"shard": shard, "key": key, "reason": reason, "message": message}) + "\n"
+            for (shard, key, reason), message in new.items()
+        ]
+        try:
+            self.ledger.parent.mkdir(parents=True, exist_ok=True)
+            with self.ledger.open("a") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise UserError(f"{self.ledger}: cannot be written, {error.strerror}; make room, and the same command goes on") from error
         self.written |= set(new)
 
 

@@ -279,7 +279,7 @@ def test_what_is_free_to_change(two_saved, tmp_path):
     c = config(VIT, fsdp=2)
     c.batch_size, c.total_steps, c.microbatches, c.patch_dropout, c.log_every = 32, 90, 2, 0.25, 7
     c.optimizer.learning_rate, c.model.remat, c.model.dtype, c.loss.form = 1.0, "full", "bfloat16", "ring"
-    c.data.threads, c.data.cache, c.checkpoint_minutes, c.nonfinite.rollbacks = 3, True, 0.0, 9
+    c.data.threads, c.data.prefetch, c.checkpoint_minutes, c.nonfinite.rollbacks = 3, 7, 0.0, 9
     state, _ = Checkpoints(copied(source, tmp_path / "run"), c).restore(abstract)
     assert equal(state, states[2])
 

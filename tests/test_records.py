@@ -19,8 +19,9 @@ from clip_jax.config import default_config
 from clip_jax.data import TrainingBatches, training_batches
 from clip_jax.errors import BadSample, UserError
 from clip_jax.files import expand
-from clip_jax.health import Health, read_ledger
-from clip_jax.records import open_records
+from clip_jax.health import Health, Report, read_ledger
+from clip_jax.records import Place, open_records
+from clip_jax.records.tables import Delimited
 from clip_jax.tokenizer import decode
 
 FIELDS = ("image", "caption")
@@ -102,6 +103,29 @@ def test_a_tar_that_was_written_anew_is_indexed_anew(tmp_path):
     assert len(open_records(path, "train", FIELDS)) == 3
 
 
+def test_an_index_that_cannot_be_read_is_made_again(tmp_path, capfd):
+    path = tar(tmp_path / "a.tar", good(["one", "two"]))
+    for broken in ("index.json", "offsets.npy"):
+        open_records(path, "train", FIELDS)
+        (folder,) = (tmp_path / ".clip_jax_index").iterdir()
+        (folder / broken).write_bytes(b"{")
+        assert len(open_records(path, "train", FIELDS)) == 2
+        assert "made again, for it cannot be read" in capfd.readouterr().err
+
+
+def test_the_long_name_of_a_folder_is_not_that_of_a_file(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as file:
+        folder = tarfile.TarInfo("d" * 120)
+        folder.type = tarfile.DIRTYPE
+        file.addfile(folder)
+        for name, data in good(["one"]):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    records = open_records(str(tmp_path / "a.tar"), "train", FIELDS)
+    assert len(records) == 1 and records.place(0).key == "sample one" and isinstance(every(records)[0], dict)
+
+
 def test_pax_names_of_any_length(tmp_path):
     name = "é" * 120
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:
@@ -135,6 +159,37 @@ def test_quoted_values_may_hold_separators_quotes_and_line_breaks(files):
     rows = ['pictures/0.jpg,"a ""quoted"", long\ncaption"', 'pictures/1.jpg,a 5" pipe', "pictures/2.jpg,plain"]
     (files / "pairs.csv").write_text("image,caption\n" + "\n".join(rows))
     assert [record["caption"] for record in every(open_records(str(files / "pairs.csv"), "train", FIELDS))] == texts
+
+
+def test_a_quote_that_nobody_closed_costs_its_own_row(tmp_path):
+    rows = [f"{i}.jpg,number {i}" for i in range(30_000)]
+    rows[5000] = '5000.jpg,"an open quote'
+    (tmp_path / "a.csv").write_text("image,caption\n" + "\n".join(rows))
+    table = Delimited(str(tmp_path / "a.csv"), ",")
+    assert len(table) == 30_000
+    assert [table.row(i)["caption"] for i in (0, 1, 4999, 5001, 29_999)] == [f"number {i}" for i in (0, 1, 4999, 5001, 29_999)]
+
+
+def test_only_line_breaks_break_lines(files):
+    odd = "a dog\u2028in\x0bthe\x85snow"
+    (files / "pairs.csv").write_text(f"caption,image\n{odd},pictures/0.jpg\n", newline="")
+    (record,) = every(open_records(str(files / "pairs.csv"), "train", FIELDS))
+    assert record["caption"] == odd
+
+
+def test_row_groups_of_parquet_are_read_one_by_one(files):
+    rows = [{"image": f"pictures/{i}.jpg", "caption": f"number {i}"} for i in range(5)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), files / "pairs.parquet", row_group_size=2)
+    check_five(open_records(str(files / "pairs.parquet"), "train", FIELDS))
+
+
+def test_one_of_several_caption_fields_is_enough(files):
+    rows = [{"image": "pictures/0.jpg", "caption": None, "alt": "the alt"}, {"image": "pictures/1.jpg", "caption": [None, "one"]}]
+    (files / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    members = [("2.jpg", jpeg(2)), ("2.json", b'{"caption": null, "alt": "two"}'), ("3.jpg", jpeg(3)), ("3.txt", b"three")]
+    sets = [str(files / "pairs.jsonl"), tar(files / "a.tar", members)]
+    batch = TrainingBatches(config_of(*sets, caption=("caption", "alt")))[0]
+    assert sorted(captions(batch["tokens"])) == ["one", "the alt", "three", "two"] and not batch["report"].bad
 
 
 def test_a_folder(files):
@@ -288,14 +343,16 @@ def test_broken_tars_lose_only_what_is_broken(tmp_path):
     (tmp_path / "empty.tar").write_bytes(b"")
     (tmp_path / "page.tar").write_text("<html>no such file</html>" * 100)
     (tmp_path / "packed.tar").write_bytes(gzip.compress(whole))
+    with tarfile.open(tmp_path / "whole.tar") as file:
+        (tmp_path / "short.tar").write_bytes(whole[: file.getmember("good c.jpg").offset])
     (tmp_path / "ragged.tar").write_bytes(whole[: 2 * 512 * 6] + b"x" * 100)
-    shards = "{whole,cut,damaged,twice,empty,page,packed,ragged}"
+    shards = "{whole,cut,damaged,twice,empty,page,packed,ragged,short}"
     seen, ledger = run_over(tmp_path, f"{tmp_path}/{shards}.tar")
     found = {name for name in names if name in seen}
     assert set(names) - found == {"good j"}
     rows = [(pathlib.Path(row["shard"]).name, row["reason"]) for row in read_ledger(tmp_path / "skipped.jsonl")]
     assert {("cut.tar", "truncated"), ("damaged.tar", "broken tar"), ("twice.tar", "duplicate key")} <= set(rows)
-    assert {(f"{name}.tar", "broken tar") for name in ("empty", "page", "packed", "ragged")} <= set(rows)
+    assert {(f"{name}.tar", "broken tar") for name in ("empty", "page", "packed", "ragged", "short")} <= set(rows)
     assert ("damaged.tar", "missing field") in rows  # what is left of the sample whose picture is lost
 
 
@@ -332,6 +389,25 @@ def test_a_file_that_vanishes_costs_its_samples_alone(files):
     assert "number 3" not in shown and len(shown) == 5
     (row,) = read_ledger(files / "skipped.jsonl")
     assert row["reason"] == "unreadable" and "3.jpg" in row["message"] and "FileNotFoundError" in row["message"]
+
+
+def test_a_line_that_a_kill_left_half_written_is_taken_out_of_the_ledger(tmp_path):
+    ledger, bad = tmp_path / "skipped.jsonl", BadSample("undecodable", "here")
+    found = [(Place("shard", f"key {i}"), bad.reason, str(bad)) for i in range(3)]
+    Health(ledger, 1.0).record(Report(3, found[:2]))
+    ledger.write_text(ledger.read_text()[:-20])
+    for _ in range(2):
+        Health(ledger, 1.0).record(Report(3, found))
+        assert sorted(row["key"] for row in read_ledger(ledger)) == ["key 0", "key 1", "key 2"]
+
+
+def test_a_position_among_other_samples_means_nothing(tmp_path):
+    tar(tmp_path / "a-0.tar", good(["one", "two", "three", "four"]))
+    batches = training_batches(config_of(f"{tmp_path}/a-*.tar", batch=2))
+    next(batches)
+    tar(tmp_path / "a-1.tar", good(["five"]))
+    with pytest.raises(UserError, match=r"the data sets have \[5\] examples and had \[4\] when the checkpoint was written"):
+        training_batches(config_of(f"{tmp_path}/a-*.tar", batch=2)).set_state(batches.get_state())
 
 
 def test_too_many_bad_samples_stop_the_run_and_none_good_at_once(tmp_path):

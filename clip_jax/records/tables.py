@@ -1,12 +1,16 @@
 """Tables of paths, or of pictures themselves, and captions: CSV and TSV with a header, JSON lines, Parquet."""
 
 import csv
+import functools
+import io
 import json
 import posixpath
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 
 from clip_jax.errors import BadSample, UserError
 from clip_jax.files import expand, filesystem, is_local, read_ranges
@@ -66,9 +70,9 @@ class Table:
             return BadSample("wrong encoding", f"{place}: expected UTF-8 ({error}); mend or remove this row")
         except (ValueError, RecursionError) as error:
             return BadSample("bad row", f"{place}: {error}")
-        for field in self.fields:
-            if row.get(field) is None:
-                return missing_field(place, field, [name for name, value in row.items() if value is not None])
+        row = {name: value for name, value in row.items() if value is not None}
+        if self.fields[0] not in row:
+            return missing_field(place, self.fields[0], list(row))
         picture = row[self.fields[0]]
         if isinstance(picture, dict):  # as the datasets library stores a picture
             picture = picture.get("bytes") or picture.get("path")
@@ -89,7 +93,10 @@ class Delimited:
         self.data = _bytes(path).removeprefix(b"\xef\xbb\xbf")
         lines = _line_starts(self.data)
         self.starts = lines[self._first_lines(lines)] if b'"' in self.data else lines
-        header = self._values(0) if len(self.starts) else []
+        try:
+            header = self._values(0) if len(self.starts) else []
+        except UnicodeDecodeError as error:
+            raise UserError(f"data set {path}: expected a header in UTF-8 ({error}); save it in UTF-8") from error
         if len(header) < 2:
             raise UserError(f"data set {path}: expected a header with the names of at least two columns, found {header}")
         self.columns = header
@@ -97,15 +104,21 @@ class Delimited:
 
     def _first_lines(self, lines: np.ndarray) -> list[int]:
         """Which lines begin a row, where quoted values may go on in the next."""
-        ends = [*lines[1:].tolist(), len(self.data)]
-        text = (self.data[start:end].decode("latin-1") for start, end in zip(lines.tolist(), ends))
-        reader, first = csv.reader(text, delimiter=self.delimiter), [0]
-        while True:
+        ends, starts, first = [*lines[1:].tolist(), len(self.data)], lines.tolist(), []
+        line = 0
+        while line < len(starts):
+            text = (self.data[s:e].decode("latin-1") for s, e in zip(starts[line:], ends[line:]))
+            reader, begun = csv.reader(text, delimiter=self.delimiter), line
+            first.append(line)
             try:
-                first += [reader.line_num for _ in reader][:-1]
+                for _ in reader:
+                    line = begun + reader.line_num
+                    first.append(line)
+                first.pop()
                 return first
-            except csv.Error:  # a quote that nobody closed
-                first.append(reader.line_num)
+            except csv.Error:  # a quote that nobody closed: its own line is lost, and the next is a row again
+                line += 1
+        return first
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -113,7 +126,7 @@ class Delimited:
     def _values(self, row: int) -> list[str]:
         end = self.starts[row + 1] if row + 1 < len(self.starts) else len(self.data)
         text = self.data[self.starts[row] : end].decode("utf-8")
-        return next(csv.reader(text.splitlines(keepends=True), delimiter=self.delimiter), [])
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter), [])
 
     def row(self, row: int) -> dict[str, Any]:
         try:
@@ -151,25 +164,34 @@ class JSONLines:
 
 
 class Parquet:
-    """Row groups are read when they are needed, and the last few are kept."""
+    """A row group is read when a row of it is needed, and the last few are kept."""
 
     def __init__(self, path: str, fields: Sequence[str]):
-        import pyarrow
-        import pyarrow.parquet
-
         fs, own = filesystem(path)
         try:
-            table = pyarrow.parquet.read_table(own, filesystem=fs, memory_map=is_local(path))
+            self.file = pyarrow.parquet.ParquetFile(own, filesystem=fs)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"data set {path}: expected a Parquet file ({error})") from error
         self.path, self.broken = path, []
-        self.table = table.select([name for name in table.column_names if name in fields] or table.column_names)
+        names = self.file.schema_arrow.names
+        self.columns = [name for name in names if name in fields] or names
+        groups = range(self.file.num_row_groups)
+        self.starts = np.cumsum([0] + [self.file.metadata.row_group(group).num_rows for group in groups])
+        self.group = functools.lru_cache(maxsize=8)(self._group)
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return int(self.starts[-1])
 
     def row(self, row: int) -> dict[str, Any]:
-        return {name: self.table.column(name)[row].as_py() for name in self.table.column_names}
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        try:
+            table = self.group(number)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"row group {number} cannot be read ({error})") from error
+        return {name: table.column(name)[row - int(self.starts[number])].as_py() for name in self.columns}
+
+    def _group(self, number: int) -> pyarrow.Table:
+        return self.file.read_row_group(number, columns=self.columns)
 
     def row_name(self, row: int) -> str:
         return f"row {row + 1}"

@@ -126,14 +126,14 @@ def _members(path: str, size: int, broken: list) -> Iterator[tuple[str, int, int
     # Far away it is read from start to end, in large pieces: a request for every header would take longer.
     remote = {} if is_local(path) else {"block_size": 2**24, "cache_type": "readahead"}
     with fs.open(own, "rb", **remote) as file:
-        offset, name, lost = 0, "", False
+        offset, name, lost, ended = 0, "", False, False
         while offset + BLOCK <= size:
             file.seek(offset)
             header = file.read(BLOCK)
             try:
                 member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
             except tarfile.EOFHeaderError:  # zeros: the end, or more follows
-                offset += BLOCK
+                offset, ended = offset + BLOCK, True
                 continue
             except tarfile.HeaderError as error:
                 if not lost:
@@ -141,15 +141,17 @@ def _members(path: str, size: int, broken: list) -> Iterator[tuple[str, int, int
                     broken.append((0, f"at byte {offset}", "broken tar", message))
                 offset, lost = offset + BLOCK, True
                 continue
-            lost, data = False, offset + BLOCK
+            lost, ended, data = False, False, offset + BLOCK
             if member.type in LONG_NAMES and member.size < 2**20:
                 name = _long_name(member.type, file.read(member.size)) or name
             elif member.isfile():
                 yield name or member.name, data, member.size
                 name = ""
+            else:
+                name = ""  # it was that of a folder or a link
             offset = data + -(-member.size // BLOCK) * BLOCK
-        if offset < size and not lost or size == 0:
-            message = "the file is empty" if size == 0 else f"the last {size - offset} bytes are no whole header"
+        if not ended and not lost and offset <= size:
+            message = f"it ends at byte {size} without the zeros that end a tar; copy or make it again"
             broken.append((0, f"at byte {offset}", "broken tar", message))
 
 

@@ -1,15 +1,17 @@
 """WebDataset's tars, by an index that says where each member begins, so that any sample is one read away."""
 
+import concurrent.futures
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 
-from clip_jax.errors import BadSample, UserError
+from clip_jax.errors import BadSample, UserError, warn
 from clip_jax.files import describe, expand, is_local, read_ranges
 from clip_jax.records import PICTURES, Place, Record, missing_field, unreadable
 from clip_jax.records.tar_index import ShardIndex, index_shards, join
@@ -76,33 +78,41 @@ class Tars:
         if ".json" in found:
             try:
                 values = json.loads(found.pop(".json"))
-                found = {field: values[field] for field in self.fields if field in values} | found
-            except (ValueError, TypeError, RecursionError) as error:
+                found = {field: values[field] for field in self.fields if values.get(field) is not None} | found
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 return BadSample("bad json", f"{place}: its .json is not a JSON object in UTF-8 ({error})")
-        for field in self.fields:
-            if field not in found:
-                return missing_field(place, field, sorted({*self._members(index), *found}))
+        if self.fields[0] not in found:
+            return missing_field(place, self.fields[0], sorted({*self._members(index), *found}))
         return found
 
 
 def open_index(shards: list[str]) -> ShardIndex:
     """The index of all shards, from where it was kept, or made and kept."""
-    states = [describe(shard) for shard in shards]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        states = list(pool.map(describe, shards))
     digest = hashlib.sha256(json.dumps([2, list(zip(shards, states))]).encode()).hexdigest()[:24]
     beside = pathlib.Path(shards[0]).parent / ".clip_jax_index" if is_local(shards[0]) else None
     places = [place / digest for place in (beside, pathlib.Path(CACHE).expanduser()) if place is not None]
     for place in places:
-        if (place / "index.json").is_file():
+        try:
             return ShardIndex.load(place)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            warn(f"index {place}: made again, for it cannot be read ({type(error).__name__}: {error})")
+            shutil.rmtree(place, ignore_errors=True)
     index = join(index_shards(shards, [size for size, _ in states]))
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = tempfile.mkdtemp(dir=place.parent)
-            index.save(pathlib.Path(unfinished))
-            os.replace(unfinished, place)
-            return ShardIndex.load(place)
+            unfinished = pathlib.Path(tempfile.mkdtemp(dir=place.parent))
         except OSError:
-            if (place / "index.json").is_file():  # another process was first
-                return ShardIndex.load(place)
+            continue
+        try:
+            index.save(unfinished)
+            unfinished.chmod(0o755)
+            os.replace(unfinished, place)
+        except OSError:  # a full disk, or another process was first
+            shutil.rmtree(unfinished, ignore_errors=True)
+        break
     return index
