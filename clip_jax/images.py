@@ -29,7 +29,7 @@ def decode(encoded: bytes, where: str) -> PIL.Image.Image:
     except BadSample:
         raise
     except PIL.Image.DecompressionBombError as error:
-        raise BadSample("too large", f"{where}: {error}; make it smaller, or remove it") from error
+        raise BadSample("too large", f"{where}: too many pixels ({str(error).rstrip('.')}); make it smaller, or remove it") from error
     except (OSError, SyntaxError, ValueError) as error:
         kind = "an empty file" if not encoded else f"{len(encoded)} bytes starting with {encoded[:8]!r}"
         message = f"{where}: expected a picture that Pillow can decode, found {kind} ({error}); mend or remove this record"

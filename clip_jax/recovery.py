@@ -40,9 +40,10 @@ class Recovery:
         """The model and optimizer of the last good checkpoint, instead of those of `state`; steps and samples count on."""
         where, done = f"step {int(state.step)}: {reason}", int(state.mishaps.rollbacks)
         advice = "lower config.optimizer.learning_rate, or look at the data of these steps"
+        any_to_go_back_to = self.checkpoints.any()  # which waits for one that is being written
         if done >= self.limits.rollbacks:
             raise UserError(f"{where}, and config.nonfinite.rollbacks {self.limits.rollbacks} are used up; {advice}")
-        if not self.checkpoints.any():
+        if not any_to_go_back_to:
             raise UserError(f"{where}, and there is no checkpoint yet to go back to; {advice}")
         # Two states may not fit a device.
         jax.tree.map(lambda x: x.delete(), (state.params, state.batch_stats, state.optimizer))

@@ -18,7 +18,7 @@ from clip_jax.errors import UserError
 STEPS = 12
 SMALL = ["--config.batch_size=64", f"--config.total_steps={STEPS}", "--config.optimizer.warmup_steps=4"]
 # At a low rate, or rounding errors would grow tenfold every other step.
-SMALL += ["--config.log_every=1", "--config.checkpoint_every=6", "--config.optimizer.learning_rate=2e-4"]
+SMALL += ["--config.log_every=1", "--config.checkpoint_every=6", "--config.optimizer.learning_rate=5e-5"]
 
 
 def start(workdir: pathlib.Path, devices: int, *arguments: str, **variables: str) -> subprocess.Popen:

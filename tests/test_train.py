@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_to_the_bit(finished, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", *SMALL]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file, deadline = workdir / "metrics.jsonl", time.monotonic() + 200
-    while not (file.exists() and file.read_text().count("\n") >= 13):
+    while not ((workdir / "checkpoints" / "8").exists() and file.exists() and file.read_text().count("\n") >= 13):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

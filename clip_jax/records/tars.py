@@ -81,8 +81,10 @@ class Tars:
                 found = {field: values[field] for field in self.fields if values.get(field) is not None} | found
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 return BadSample("bad json", f"{place}: its .json is not a JSON object in UTF-8 ({error})")
-        if self.fields[0] not in found:
-            return missing_field(place, self.fields[0], sorted({*self._members(index), *found}))
+        picture, *others = self.fields
+        missing = [picture] if picture not in found else others[:1] if len(found) == 1 else []
+        if missing:
+            return missing_field(place, missing[0], sorted({*self._members(index), *found}))
         return found
 
 
