@@ -60,8 +60,8 @@ def test_two_processes_give_the_run_of_one(tmp_path):
 
     sharded = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
     first, second = together(tmp_path / "two", 2, 2, *sharded)
-    # Measured: 4e-7 of losses around 4.
-    np.testing.assert_allclose(trace(tmp_path / "two"), expected, rtol=1.2e-6)
+    # Measured: 1.1e-7 of losses around 4.
+    np.testing.assert_allclose(trace(tmp_path / "two"), expected, rtol=3.4e-7)
     # Gloo, which connects CPUs, prints lines of its own in both, by several threads at once.
     ours = re.compile(r"loss|acc\d|going on")
     assert set(ours.findall(first)) == {"loss", "acc1", "acc5"} and not ours.search(second)
