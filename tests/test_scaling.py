@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from clip_jax.config import load_config, set_field
-from clip_jax.data import TrainingBatches
+from clip_jax.data import training_batches
 from clip_jax.sharding import make_mesh, put_batch
 from clip_jax.step import make_train_step
 
@@ -60,11 +60,11 @@ def trace(file: str, devices: int, fields: dict, rate: float = 1e-4, disturbed: 
         set_field(config, name, str(value))
     mesh = make_mesh(config, jax.devices()[:devices])
     init, step, _ = make_train_step(config, mesh)
-    state, losses, batches = init(), [], TrainingBatches(config)
+    state, losses, batches = init(), [], training_batches(config)
     if disturbed:
         state = state._replace(params=jax.tree.map(lambda p: p * (1 + 1.2e-7), state.params))
-    for number in range(STEPS):
-        state, metrics = step(state, put_batch(batches[number], mesh))
+    for _ in range(STEPS):
+        state, metrics = step(state, put_batch(next(batches), mesh))
         losses.append(float(metrics["loss"]))
     return np.array(losses)
 
