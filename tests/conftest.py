@@ -38,3 +38,14 @@ def strict_promotion():
 def golden_towers() -> dict[str, np.ndarray]:
     """Random weights, inputs and features of OpenAI's PyTorch model (tests/golden/make_golden.py)."""
     return dict(np.load(ROOT / "tests" / "golden" / "towers.npz"))
+
+
+@pytest.fixture
+def files(tmp_path) -> pathlib.Path:
+    """A folder with five pictures, pictures/0.jpg to 4.jpg."""
+    from sets import jpeg
+
+    (tmp_path / "pictures").mkdir()
+    for i in range(5):
+        (tmp_path / "pictures" / f"{i}.jpg").write_bytes(jpeg(i))
+    return tmp_path

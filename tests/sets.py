@@ -1,11 +1,15 @@
-"""Small prepared data sets, made for real by TFDS, without TensorFlow."""
+"""Small data sets, made for real: prepared by TFDS without TensorFlow, tars, and pictures."""
 
 import io
 import pathlib
+import tarfile
 
 import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
+
+from clip_jax.config import default_config
+from clip_jax.tokenizer import decode
 
 
 def picture(seed: int, size: int = 24, mode: str = "RGB") -> bytes:
@@ -48,3 +52,51 @@ def prepare(folder: pathlib.Path, records: list[dict]) -> str:
 def records(count: int) -> list[dict]:
     """Pairs that differ."""
     return [{"image": picture(i), "caption": f"picture {i}", "thing": f"thing {i}"} for i in range(count)]
+
+
+FIELDS = ("image", "caption")
+Members = list[tuple[str, bytes]]
+
+
+def jpeg(seed: int, kind: str = "JPEG", size: int = 40) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.open(io.BytesIO(picture(seed, size))).save(file, kind)
+    return file.getvalue()
+
+
+def tar(path: pathlib.Path, members: Members) -> str:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as file:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def good(names: list[str]) -> Members:
+    return [(f"{name}.{end}", data) for i, name in enumerate(names) for end, data in (("jpg", jpeg(i)), ("txt", name.encode()))]
+
+
+def config_of(*sets: str, batch: int = 4, **data):
+    config = default_config()
+    config.batch_size, config.model.vision.image_size = batch, 32
+    config.model.vision.patch_size, config.model.text.context_length = 8, 32
+    config.data.update({"sets": sets, "threads": 0, "prefetch": 0} | data)
+    return config
+
+
+def captions(tokens: np.ndarray) -> list[str]:
+    return [decode([i for i in row[1:].tolist() if i not in (0, 49407)]).strip() for row in tokens]
+
+
+def every(records) -> list:
+    return records.read(range(len(records)))
+
+
+def check_five(records) -> None:
+    assert len(records) == 5
+    assert [record["image"] for record in every(records)] == [jpeg(i) for i in range(5)]
+    as_text = lambda caption: caption.decode() if isinstance(caption, bytes) else caption
+    assert [as_text(record["caption"]) for record in every(records)] == [f"number {i}" for i in range(5)]
+    assert records.broken == []
+    assert [record["image"] for record in records.read([3, 1])] == [jpeg(3), jpeg(1)]
