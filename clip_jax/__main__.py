@@ -7,6 +7,7 @@
 
 import argparse
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import os
@@ -134,12 +135,12 @@ def encode(
 ) -> tuple[Float32[np.ndarray, "N E"], list[str]]:
     """The features and names of the first `count` items.  No more than a batch of anything else is in memory."""
     features, names = np.empty((count, encoder.config.embedding), np.float32), []
-    items = itertools.islice(source.items(), count)
     # In a file, where lines cannot be drawn over, a line a minute is enough.
     interval = 0.2 if sys.stderr.isatty() else 60
     bar = tqdm.tqdm(total=count, unit=source.kind, dynamic_ncols=True, mininterval=interval)
     # Pillow lets other threads run while it decodes and resamples: two took half of the time of one, on two cores.
-    with bar, concurrent.futures.ThreadPoolExecutor() as threads:
+    with bar, concurrent.futures.ThreadPoolExecutor() as threads, contextlib.closing(source.items()) as every:
+        items = itertools.islice(every, count)
         while batch := [(item, item.read()) for item in itertools.islice(items, encoder.batch_size)]:
             rows = slice(len(names), len(names) + len(batch))
             names += [item.name for item, _ in batch]

@@ -12,12 +12,11 @@ import runpy
 
 from ml_collections import ConfigDict
 
-from clip_jax.errors import UserError
 from clip_jax.augment import Augmentation
+from clip_jax.errors import UserError
 from clip_jax.models import ARCHITECTURES, CLIPConfig
 from clip_jax.models.architectures import ResNetConfig, SmallResNetConfig, ViTConfig
 from clip_jax.tokenizer import VOCABULARY_SIZE
-
 
 OPTIONAL = ("model.initial_logit_bias",)  # a number or None
 

@@ -1,5 +1,6 @@
 """A sheet of the pictures that were found for a text."""
 
+import contextlib
 import pathlib
 import warnings
 
@@ -44,10 +45,11 @@ def draw_sheet(
 def _read_again(embedded: Features, chosen: list[int]) -> list[PIL.Image.Image]:
     """Some of the pictures, small."""
     found = dict.fromkeys(chosen)
-    for i, item in zip(range(max(chosen) + 1), Source.of(embedded.source).items()):
-        if i in found and item.name == embedded.names[i]:
-            found[i] = images.on_background(images.decode(item.read(), item.where))
-            found[i].thumbnail((300, 300))
+    with contextlib.closing(Source.of(embedded.source).items()) as items:
+        for i, item in zip(range(max(chosen) + 1), items):
+            if i in found and item.name == embedded.names[i]:
+                found[i] = images.on_background(images.decode(item.read(), item.where))
+                found[i].thumbnail((300, 300))
     for i, picture in found.items():
         if picture is None:
             raise UserError(

@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from clip_jax.errors import UserError
@@ -38,7 +38,7 @@ class Source:
 
     path: str  # absolute
     kind: str  # "image" or "text"
-    items: Callable[[], Iterator[Item]]
+    items: Callable[[], Generator[Item, None, None]]  # to be closed, since a file may be open
 
     @classmethod
     def of(cls, path: str) -> "Source":
@@ -52,7 +52,7 @@ class Source:
         if first.is_dir():
             return cls(path, "image", lambda: _folder(path))
         if suffix == ".tar":
-            return cls(path, "image", lambda: (item for file in files for item in _tar(file)))
+            return cls(path, "image", lambda: _tars(files))
         if suffix in (".csv", ".jsonl"):
             kind, field = _field(first)
             return cls(path, kind, lambda: _table(first, kind, field))
@@ -90,7 +90,7 @@ def _expand(pattern: str) -> list[str]:
     return [name for n in range(int(low), int(high) + 1) for name in _expand(f"{before}{n:0{len(low)}}{after}")]
 
 
-def _folder(folder: str) -> Iterator[Item]:
+def _folder(folder: str) -> Generator[Item, None, None]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
@@ -105,7 +105,12 @@ def _folder(folder: str) -> Iterator[Item]:
         yield Item(name, str(path), functools.partial(read_file, path, str(path)))
 
 
-def _tar(file: pathlib.Path) -> Iterator[Item]:
+def _tars(files: Sequence[pathlib.Path]) -> Generator[Item, None, None]:
+    for file in files:
+        yield from _tar(file)  # closed with this one, and its file with it
+
+
+def _tar(file: pathlib.Path) -> Generator[Item, None, None]:
     """The pictures of a shard.  As in WebDataset, a member's key is its path up to the first dot of its name."""
     try:
         with tarfile.open(file, "r:") as tar:
@@ -143,7 +148,7 @@ def _field(table: pathlib.Path) -> tuple[str, str]:
     )
 
 
-def _table(table: pathlib.Path, kind: str, field: str) -> Iterator[Item]:
+def _table(table: pathlib.Path, kind: str, field: str) -> Generator[Item, None, None]:
     for where, row in _rows(table):
         value, where = row.get(field), f"{where} field {field!r}"
         if not isinstance(value, str) or not value.strip():
@@ -180,7 +185,7 @@ def _rows(table: pathlib.Path) -> Iterator[tuple[str, dict[Any, Any]]]:
             yield where, row
 
 
-def _lines(file: pathlib.Path) -> Iterator[Item]:
+def _lines(file: pathlib.Path) -> Generator[Item, None, None]:
     with _open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             if text := line.strip():

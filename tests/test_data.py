@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from sets import picture, prepare, records
+from sets import prepare, records
 
 from clip_jax import images
 from clip_jax.config import load_config

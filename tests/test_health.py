@@ -20,6 +20,7 @@ from clip_jax.errors import BadSample, UserError
 from clip_jax.health import Health, Report, read_ledger
 from clip_jax.records import Place
 
+
 def bomb(kind: str) -> bytes:
     data = bytearray(jpeg(0, kind))
     if kind == "JPEG":

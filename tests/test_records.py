@@ -15,6 +15,7 @@ from clip_jax.files import expand
 from clip_jax.records import open_records
 from clip_jax.records.tables import Delimited
 
+
 def test_tars(tmp_path):
     tar(tmp_path / "a-000.tar", good(["number 0", "number 1", "number 2"]))
     shifted = [("./deep/er/number 3.jpg", jpeg(3)), ("./deep/er/number 3.txt", b"number 3")]

@@ -212,7 +212,7 @@ def _svg(icon: dict, width: int, height: int) -> str:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _render(svg: str) -> PIL.Image.Image:
     import resvg_py
 

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 
-
 from clip_jax.errors import BadSample, UserError, warn
 from clip_jax.files import describe, expand, is_local, read_ranges
 from clip_jax.records import PICTURES, Place, Record, missing_field, unreadable
