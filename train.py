@@ -8,6 +8,7 @@
 The same command again goes on where the last one stopped.  docs/clusters.md tells how to run it on many hosts.
 """
 
+import contextlib
 import pathlib
 import sys
 
@@ -16,7 +17,7 @@ import jax
 from clip_jax.checkpoint import Checkpoints
 from clip_jax.config import parse_command_line, validate
 from clip_jax.data import explain_step, training_batches
-from clip_jax.distributed import is_first, join, on_every_host, wait_for_all
+from clip_jax.distributed import check_same_data, is_first, join, on_every_host, wait_for_all
 from clip_jax.errors import Stopped, run_program
 from clip_jax.evaluate import evaluate_emoji, format_table, write_results
 from clip_jax.figures import draw_figures
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> None:
     # Data
     health = Health(ledger_of(workdir), config.data.max_bad)
     batches = training_batches(config, local_rows(config.batch_size, mesh), health)
+    check_same_data(len(batches.source.records), batches.source.records.digest())
 
     # Model, loss and step
     init, step, abstract_state = make_train_step(config, mesh)
@@ -73,6 +75,7 @@ def main(arguments: list[str]) -> None:
     with (
         Interruption() as interruption,
         MetricsLog(workdir, start, seen, total, config.batch_size, config.log_every, is_first()) as log,
+        contextlib.closing(batches),
     ):
         for number in range(start + 1, total + 1):
             with log.waiting("data"):

@@ -102,7 +102,7 @@ def resume(samples: int = 10_000_000) -> None:
 
     from clip_jax.config import default_config
     from clip_jax.data import training_batches
-    from clip_jax.records import tar_index, tars
+    from clip_jax.records import tar_cache, tar_index
 
     with tempfile.TemporaryDirectory() as folder:
         tar = pathlib.Path(folder) / "a.tar"
@@ -119,16 +119,16 @@ def resume(samples: int = 10_000_000) -> None:
             broken=(),
             **{n: np.tile(getattr(index, n), repeats) for n in ("shards", "offsets", "sizes", "member_endings")},
         )
-        tars.open_index([str(tar)])
+        tar_cache.open_index([str(tar)])
         (place,) = (tar.parent / ".clip_jax_index").iterdir()
-        many.save(place)
+        many.save(place, tar_index.load_shards(place))
         config = default_config()
         config.batch_size = BATCH
         config.data.update({"sets": (str(tar),), "threads": 2, "prefetch": 0})
         for _ in range(REPEATS):
             start = time.perf_counter()
             batches = training_batches(config)
-            batches.set_state({"position": samples // 2})
+            batches.set_state(batches.get_state() | {"position": samples // 2})
             opened = time.perf_counter()
             next(batches)
             print(f"{len(batches.source.records):,} samples: opened in {opened - start:.2f} s, first batch after {time.perf_counter() - start:.2f} s")

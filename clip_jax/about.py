@@ -17,7 +17,7 @@ from clip_jax.state import TrainState, samples_seen
 from clip_jax.tokenizer import vocabulary_sha256
 
 # How batches are made, and not what is in them.
-DATA_EXECUTION = ("threads", "prefetch", "max_bad", "stall_seconds")
+DATA_EXECUTION = ("threads", "workers", "prefetch", "max_bad", "stall_seconds")
 
 
 def about_state(state: TrainState, sums: dict[str, int], loss: float) -> dict[str, Any]:

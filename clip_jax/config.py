@@ -82,7 +82,8 @@ def default_config() -> ConfigDict:
                 "augment": dataclasses.asdict(Augmentation()),  # documented there
                 "cache": False,  # keep all decoded pictures in memory
                 "threads": 16,  # that decode; 0: the one that makes a batch
-                "prefetch": 2,  # batches that are made ahead of time; 0: each when it is needed
+                "workers": 0,  # processes that make batches, with so many threads each; 0: a thread of the run's own
+                "prefetch": 2,  # batches that are made ahead of time, by each worker; 0: each when it is needed
                 "max_bad": 0.01,  # share of samples that may be bad, and are skipped, before a run stops
                 "stall_seconds": 60.0,  # without a batch, after which the shards that are read are named
             },
@@ -241,9 +242,11 @@ def validate(config: ConfigDict) -> None:
     if not config.data.sets:
         raise UserError("config.data.sets is empty, expected at least one set: a folder, a table, or shards")
     Augmentation(**config.data.augment)  # which checks itself
-    for name, lowest in (("threads", 0), ("prefetch", 0), ("max_bad", 0), ("stall_seconds", 0.01)):
+    for name, lowest in (("threads", 0), ("workers", 0), ("prefetch", 0), ("max_bad", 0), ("stall_seconds", 0.01)):
         if config.data[name] < lowest:
             raise UserError(f"config.data.{name} is {config.data[name]}, expected at least {lowest}")
+    if config.data.workers and config.data.cache:
+        raise UserError("config.data.cache with config.data.workers: each of them would keep every picture; set one of the two")
     for name in ("weights", "caption_weights"):
         if not all(isinstance(weight, (int, float)) for weight in config.data[name]):
             raise UserError(f"config.data.{name} is {config.data[name]}, expected numbers")

@@ -1,18 +1,20 @@
 """From records to batches: which pair comes when, what is drawn for it, and what is done about a bad one.
 
 A batch is a pure function of (seed, position), whatever the number of hosts, threads and processes that make it.
-Grain makes the batches ahead of time, and a checkpoint keeps the position.
+A checkpoint keeps the position.
 """
 
 import concurrent.futures
 import functools
+import hashlib
 import itertools
+import json
+import pathlib
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
@@ -21,6 +23,7 @@ from clip_jax import augment
 from clip_jax.errors import BadSample, UserError
 from clip_jax.health import Health, Report, watched
 from clip_jax.order import Order
+from clip_jax.prefetch import made_ahead
 from clip_jax.records import Place, Record, Records, missing_field, open_records
 from clip_jax.tokenizer import tokenize
 
@@ -61,6 +64,12 @@ class Sets:
     def place(self, index: int) -> Place:
         part = self._part(index)
         return self.parts[part].place(index - int(self.starts[part]))
+
+    def digest(self) -> str:
+        """A SHA-256 of how many records there are, and of the names of a thousand of them, wherever they are mounted."""
+        some = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(int).tolist()
+        names = [(pathlib.PurePath(place.shard).name, place.key) for place in map(self.place, some)]
+        return hashlib.sha256(json.dumps([self.starts.tolist(), names]).encode()).hexdigest()
 
     def _part(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -137,6 +146,10 @@ class TrainingBatches:
         start = self.start_of(number)
         member = np.random.default_rng((self.seed, 1, start)).random(self.batch_size)
         return [self._index(self.order.example(start + row), member[row]) for row in self.rows]
+
+    def shards(self, number: int) -> list[str]:
+        """The files or sets that a batch is read from."""
+        return sorted({self.records.place(index).shard for index in self.indices(number)})
 
     def _index(self, example: int, member: float) -> int:
         if self.groups is None:
@@ -291,23 +304,33 @@ class Batches:
         self.config, self.rows, self.health = config, rows, health
         self.source = TrainingBatches(config, rows)
         health.broken(self.source.records.broken)
+        self.iterator = None
         self._go_on(0)
 
     def _go_on(self, position: int) -> None:
         data = self.config.data
+        self.close()
         self.source.position, self.taken = position, 0
-        options = grain.ReadOptions(num_threads=1 if data.prefetch else 0, prefetch_buffer_size=max(1, data.prefetch))
-        self.iterator = iter(grain.MapDataset.source(self.source).to_iter_dataset(options))
+        self.iterator = made_ahead(self.source, data.prefetch, data.workers)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        with watched(lambda: self.source.reading, self.config.data.stall_seconds):
+        with watched(self._reading, self.config.data.stall_seconds):
             batch = next(self.iterator)
         self.taken += 1
         self.health.record(batch.pop("report"))
         return batch
+
+    def _reading(self) -> list[str]:
+        """The shards that are being read; of workers, those of the batch that is waited for."""
+        return self.source.shards(self.taken) if self.config.data.workers else self.source.reading
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self.iterator is not None:
+            self.iterator.close()
 
     def get_state(self) -> dict[str, Any]:
         """The position: small, and restored at the same cost at any step, also with another batch size."""

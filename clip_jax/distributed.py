@@ -82,6 +82,20 @@ def first_says(yes: bool) -> bool:
     return yes if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(yes)))
 
 
+def check_same_data(samples: int, digest: str) -> None:
+    """Refuses, on all processes, to train where one of them sees other data than the first."""
+    if jax.process_count() == 1:
+        return
+    own = np.array([samples, int(digest[:15], 16)]).astype(np.int64).view(np.int32)  # JAX has 32 bits
+    seen = multihost_utils.process_allgather(own).view(np.int64)
+    other = next((i for i, found in enumerate(seen) if (found != seen[0]).any()), None)
+    if other is not None:
+        raise UserError(
+            f"config.data.sets: process {other} sees {seen[other][0]:,} samples, and process 0 {seen[0][0]:,}, "
+            "or others of that number; give all of them the same files under the same names"
+        )
+
+
 def wait_for_all(where: str) -> None:
     """Until every process has come here."""
     if jax.process_count() > 1:

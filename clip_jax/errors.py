@@ -16,6 +16,9 @@ class BadSample(UserError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self):
+        return BadSample, (self.reason, str(self))
+
 
 class Stopped(Exception):
     """A signal ended a run that has saved its state.  The programs exit with status 75: schedulers may start it again."""

@@ -6,6 +6,7 @@ bytes, a quarter of its float32 size.
 
 import dataclasses
 import io
+import re
 import math
 
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ def decode(encoded: bytes, where: str) -> PIL.Image.Image:
         raise BadSample("too large", f"{where}: too many pixels ({str(error).rstrip('.')}); make it smaller, or remove it") from error
     except (OSError, SyntaxError, ValueError) as error:
         kind = "an empty file" if not encoded else f"{len(encoded)} bytes starting with {encoded[:8]!r}"
-        message = f"{where}: expected a picture that Pillow can decode, found {kind} ({error}); mend or remove this record"
+        said = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
+        message = f"{where}: expected a picture that Pillow can decode, found {kind} ({said}); mend or remove this record"
         raise BadSample("undecodable", message) from error
     return image
 

@@ -12,6 +12,7 @@ if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
 
 import pathlib
 import sys
+import tempfile
 
 import jax
 import jaxtyping
@@ -22,6 +23,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The annotations of shapes and types are checked at every call.
 jaxtyping.install_import_hook("clip_jax", "beartype.beartype")
+
+def pytest_configure(config):
+    """What one of the processes compiled, those of the tests and those that they start, the others need not."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="compiled")
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from sets import good, tar
 
 from clip_jax import distributed
 from clip_jax.errors import UserError
@@ -18,6 +19,8 @@ from clip_jax.errors import UserError
 STEPS = 12
 SMALL = ["--config.batch_size=64", f"--config.total_steps={STEPS}", "--config.optimizer.warmup_steps=4"]
 # At a low rate, or rounding errors would grow tenfold every other step.
+SMALL += ["--config.model.text.width=32", "--config.model.text.heads=1", "--config.model.embedding=32"]
+SMALL += ["--config.model.vision.channels=(8, 16)"]
 SMALL += ["--config.log_every=1", "--config.checkpoint_every=6", "--config.optimizer.learning_rate=5e-5"]
 
 
@@ -28,21 +31,22 @@ def start(workdir: pathlib.Path, devices: int, *arguments: str, **variables: str
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def together(workdir: pathlib.Path, processes: int, devices: int, *arguments: str) -> list[str]:
-    """What each of several processes printed."""
+def together(workdir: pathlib.Path, processes: int, devices: int, *arguments: str, status: int = 0, **own: list[str]) -> list[str]:
+    """What each of several processes printed; in errors if the status is not 0.  `own` are a variable's values, by process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     by_hand = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    running = [start(workdir, devices, *arguments, JAX_PROCESS_ID=str(i), **by_hand) for i in range(processes)]
+    variables = [{name: values[i] for name, values in own.items()} for i in range(processes)]
+    running = [start(workdir, devices, *arguments, JAX_PROCESS_ID=str(i), **by_hand, **variables[i]) for i in range(processes)]
     try:
         outputs = [process.communicate(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()
     for process, (_, errors) in zip(running, outputs):
-        assert process.returncode == 0, errors[-3000:]
-    return [printed for printed, _ in outputs]
+        assert process.returncode == status, errors[-3000:]
+    return [errors if status else printed for printed, errors in outputs]
 
 
 def trace(workdir: pathlib.Path) -> np.ndarray:
@@ -73,6 +77,17 @@ def test_two_processes_give_the_run_of_one(tmp_path):
     alone = start(tmp_path / "two", 4, "--config.mesh.fsdp=4", "--config.mesh.data=1")
     printed, errors = alone.communicate(timeout=300)
     assert alone.returncode == 0 and f"going on after step {STEPS}" in printed, errors[-3000:]
+
+
+def test_processes_that_see_other_data_are_refused(tmp_path):
+    homes = [tmp_path / "a", tmp_path / "b"]
+    for home, names in zip(homes, ("abcdefgh", "abcdefgx"), strict=True):
+        home.mkdir()
+        tar(home / "set.tar", good(list(names)))
+    data = ["--config.data.sets=~/set.tar", "--config.data.caption=caption", "--config.data.group=", "--config.data.keywords="]
+    said = together(tmp_path / "run", 2, 1, *data, "--config.batch_size=4", status=2, HOME=[str(home) for home in homes])
+    other = "error: config.data.sets: process 1 sees 8 samples, and process 0 8, or others of that number; give all"
+    assert all(other in errors and "Traceback" not in errors for errors in said)
 
 
 def test_a_cluster_is_seen_and_a_laptop_is_none():

@@ -229,25 +229,25 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(name, damage, tw
 def test_the_model_loads_from_the_newest_whole_checkpoint_alone(two_saved, tmp_path, capsys):
     source, states, abstract = two_saved
     workdir = copied(source, tmp_path / "run")
-    flip_an_array(workdir / "checkpoints" / "2")
+    flip_arrays(workdir / "checkpoints" / "2")
     model, _ = load_model(workdir)
     assert (np.asarray(model.text.token_embedding[...]) == states[1].params["text"]["token_embedding"]).all()
     assert "checkpoints/2: passed over" in capsys.readouterr().err
     with pytest.raises(UserError, match="checkpoints/2: not whole, and no older one is"):
         load_model(workdir / "checkpoints" / "2")
     assert (workdir / "checkpoints" / "2").is_dir()  # who only reads sets nothing aside
-    flip_an_array(workdir / "checkpoints" / "1")
+    flip_arrays(workdir / "checkpoints" / "1")
     with pytest.raises(UserError, match="checkpoints/2: not whole, and no older one is"):
         restored(workdir, abstract)
 
 
-def flip_an_array(checkpoint: pathlib.Path) -> None:
-    """A bit here and there, so that every array of the file has one: the model reads a third of them."""
-    largest = max((file for file in checkpoint.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    for place in range(50, len(content), 200):
-        content[place] ^= 4
-    largest.write_bytes(content)
+def flip_arrays(checkpoint: pathlib.Path) -> None:
+    """A bit here and there, so that every array of every file has one: the model reads a third of them."""
+    for file in checkpoint.glob("state/**/d/*"):
+        content = bytearray(file.read_bytes())
+        for place in range(50, len(content), 200):
+            content[place] ^= 4
+        file.write_bytes(content)
 
 
 @pytest.mark.parametrize(

@@ -172,12 +172,15 @@ class Parquet:
             self.file = pyarrow.parquet.ParquetFile(own, filesystem=fs)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"data set {path}: expected a Parquet file ({error})") from error
-        self.path, self.broken = path, []
+        self.path, self.fields, self.broken = path, fields, []
         names = self.file.schema_arrow.names
         self.columns = [name for name in names if name in fields] or names
         groups = range(self.file.num_row_groups)
         self.starts = np.cumsum([0] + [self.file.metadata.row_group(group).num_rows for group in groups])
         self.group = functools.lru_cache(maxsize=8)(self._group)
+
+    def __reduce__(self):
+        return Parquet, (self.path, self.fields)
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -1,14 +1,13 @@
 """Where the members of tars begin: made once by reading every header, kept as arrays that are mapped, not read."""
 
-import concurrent.futures
 import dataclasses
+import itertools
 import json
 import pathlib
 import tarfile
 from collections.abc import Iterator
 
 import numpy as np
-import tqdm
 from jaxtyping import Int32, Int64, UInt8
 
 from clip_jax.files import filesystem, is_local
@@ -31,28 +30,34 @@ class ShardIndex:
     member_endings: Int32[np.ndarray, "M"]  # which of `endings`
     endings: tuple[str, ...]
     broken: tuple[tuple[int, str, str, str], ...]  # shard, key, reason, message
+    folder: pathlib.Path | None = None  # where it is kept
+
+    def __reduce__(self):
+        """Another process maps the same files."""
+        if self.folder is not None:
+            return load_index, (self.folder,)
+        return ShardIndex, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def key(self, sample: int) -> str:
         start = self.key_ends[sample - 1] if sample else 0
         return self.keys[start : self.key_ends[sample]].tobytes().decode(errors="replace")
 
-    def save(self, folder: pathlib.Path) -> None:
+    def save(self, folder: pathlib.Path, shards: list[tuple[str, int, str]]) -> None:
         for name in ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name))
-        (folder / "index.json").write_text(json.dumps({"endings": self.endings, "broken": self.broken}))
-
-    @classmethod
-    def load(cls, folder: pathlib.Path) -> "ShardIndex":
-        rest = json.loads((folder / "index.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        return cls(**arrays, endings=tuple(rest["endings"]), broken=tuple(map(tuple, rest["broken"])))
+        (folder / "index.json").write_text(json.dumps({"endings": self.endings, "broken": self.broken, "shards": shards}))
 
 
-def index_shards(shards: list[str], sizes: list[int]) -> list[ShardIndex]:
-    """An index of each shard, several at a time."""
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        work = pool.map(index_shard, shards, sizes)
-        return list(tqdm.tqdm(work, "index of the shards", len(shards), unit="shard", disable=len(shards) < 2))
+def load_index(folder: pathlib.Path) -> ShardIndex:
+    """The index that was saved in a folder."""
+    rest = json.loads((folder / "index.json").read_text())
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    return ShardIndex(**arrays, endings=tuple(rest["endings"]), broken=tuple(map(tuple, rest["broken"])), folder=folder)
+
+
+def load_shards(folder: pathlib.Path) -> list[tuple[str, int, str]]:
+    """Path, size and version of the shards of an index that was saved."""
+    return [tuple(shard) for shard in json.loads((folder / "index.json").read_text())["shards"]]
 
 
 def join(parts: list[ShardIndex]) -> ShardIndex:
@@ -73,6 +78,33 @@ def join(parts: list[ShardIndex]) -> ShardIndex:
         endings=tuple(endings),
         broken=tuple((i, *found[1:]) for i, part in enumerate(parts) for found in part.broken),
     )
+
+
+def split(index: ShardIndex) -> list[ShardIndex]:
+    """An index of each shard, from one of all."""
+    count = len(load_shards(index.folder))
+    members = np.searchsorted(index.shards, np.arange(count + 1))
+    samples = np.searchsorted(index.starts[:-1], members)
+    keys = np.concatenate([[0], index.key_ends])[samples]
+    broken: dict[int, list] = {}
+    for shard, *found in index.broken:
+        broken.setdefault(shard, []).append((0, *found))
+    parts = []
+    for i, (m, s, k) in enumerate(zip(*(itertools.pairwise(bounds.tolist()) for bounds in (members, samples, keys)))):
+        parts.append(
+            ShardIndex(
+                starts=np.append(index.starts[slice(*s)], m[1]) - m[0],
+                key_ends=index.key_ends[slice(*s)] - k[0],
+                keys=np.array(index.keys[slice(*k)]),
+                shards=np.zeros(m[1] - m[0], np.int32),
+                offsets=np.array(index.offsets[slice(*m)]),
+                sizes=np.array(index.sizes[slice(*m)]),
+                member_endings=np.array(index.member_endings[slice(*m)]),
+                endings=index.endings,
+                broken=tuple(broken.get(i, ())),
+            )
+        )
+    return parts
 
 
 def index_shard(path: str, size: int) -> ShardIndex:

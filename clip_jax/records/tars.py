@@ -1,20 +1,12 @@
 """WebDataset's tars, by an index that says where each member begins, so that any sample is one read away."""
 
-import concurrent.futures
-import hashlib
 import json
-import os
-import pathlib
-import shutil
-import tempfile
 from collections.abc import Sequence
 
-from clip_jax.errors import BadSample, UserError, warn
-from clip_jax.files import describe, expand, is_local, read_ranges
+from clip_jax.errors import BadSample, UserError
+from clip_jax.files import expand, read_ranges
 from clip_jax.records import PICTURES, Place, Record, missing_field, unreadable
-from clip_jax.records.tar_index import ShardIndex, index_shards, join
-
-CACHE = "~/.cache/clip_jax/indices"  # for shards whose own folder cannot be written to
+from clip_jax.records.tar_cache import open_index
 
 
 class Tars:
@@ -85,34 +77,3 @@ class Tars:
             return missing_field(place, missing[0], sorted({*self._members(index), *found}))
         return found
 
-
-def open_index(shards: list[str]) -> ShardIndex:
-    """The index of all shards, from where it was kept, or made and kept."""
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        states = list(pool.map(describe, shards))
-    digest = hashlib.sha256(json.dumps([2, list(zip(shards, states))]).encode()).hexdigest()[:24]
-    beside = pathlib.Path(shards[0]).parent / ".clip_jax_index" if is_local(shards[0]) else None
-    places = [place / digest for place in (beside, pathlib.Path(CACHE).expanduser()) if place is not None]
-    for place in places:
-        try:
-            return ShardIndex.load(place)
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            warn(f"index {place}: made again, for it cannot be read ({type(error).__name__}: {error})")
-            shutil.rmtree(place, ignore_errors=True)
-    index = join(index_shards(shards, [size for size, _ in states]))
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = pathlib.Path(tempfile.mkdtemp(dir=place.parent))
-        except OSError:
-            continue
-        try:
-            index.save(unfinished)
-            unfinished.chmod(0o755)
-            os.replace(unfinished, place)
-        except OSError:  # a full disk, or another process was first
-            shutil.rmtree(unfinished, ignore_errors=True)
-        break
-    return index
