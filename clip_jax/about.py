@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint
+from etils import epath
 from ml_collections import ConfigDict
 
 import clip_jax
@@ -43,7 +44,7 @@ def seal(about: dict[str, Any], config: dict[str, Any], data_position: dict | No
     return hashlib.sha256(json.dumps([about, config, data_position], sort_keys=True).encode()).hexdigest()
 
 
-def check_same_run(where: pathlib.Path, saved: dict[str, Any], about: dict[str, Any], config: ConfigDict) -> None:
+def check_same_run(where: epath.Path, saved: dict[str, Any], about: dict[str, Any], config: ConfigDict) -> None:
     """Refuses to go on with another model, on other data, or for another aim than the run did, naming the field.
 
     Free are the batch size, the length of the run, the optimizer's numbers, patch dropout, the mesh, and how it is

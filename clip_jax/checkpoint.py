@@ -1,6 +1,6 @@
 """Checkpoints: state, data position, configuration, and what they say of themselves, written by Orbax meanwhile.
 
-    WORKDIR/checkpoints/STEP/{state,data,config,about}
+    WORKDIR/checkpoints/STEP/{state,data,config,about}, or below config.bucket, gs://NAME/PATH
 
 `state` is the TrainState; a model that was converted has its parameters and statistics alone, at step 0.  A checkpoint
 appears under its name only when it is whole, so a run that is killed while writing loses nothing older.  What happens
@@ -13,13 +13,13 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
@@ -28,6 +28,7 @@ from clip_jax.about import about_arrays, about_state, check_same_run, seal
 from clip_jax.digest import digests
 from clip_jax.distributed import all_agree, first_says, is_first, wait_for_all
 from clip_jax.errors import UserError, warn
+from clip_jax.files import filesystem, is_local
 from clip_jax.models import CLIP, CLIPConfig
 from clip_jax.state import TrainState
 from clip_jax.step import abstract_model, split_model
@@ -45,12 +46,12 @@ class Checkpoints:
     """The checkpoints of a run: when they are due, which are kept, and the way back."""
 
     def __init__(self, workdir: str | pathlib.Path, config: ConfigDict):
-        self.folder = pathlib.Path(workdir).expanduser().resolve() / "checkpoints"
+        self.folder = location(config.bucket or workdir) / "checkpoints"
         self.config = config
         self.postponed = False
         self.begun = time.monotonic()  # of the time until the next
         if is_first():
-            for half in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
+            for half in _half_written(self.folder):
                 warn(f"checkpoint {half}: half-written, removed")
         keep: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(config.checkpoints_kept)]
         if config.milestone_every:
@@ -123,7 +124,7 @@ class Checkpoints:
           good: pass over checkpoints that were saved amid skipped steps.
         """
 
-        def read(checkpoint: pathlib.Path) -> tuple[TrainState, dict] | None:
+        def read(checkpoint: epath.Path) -> tuple[TrainState, dict] | None:
             with _agreed():
                 about, config, data_position = _read_records(checkpoint)
                 check_same_run(checkpoint, config, about, self.config)
@@ -138,7 +139,8 @@ class Checkpoints:
             if is_first():
                 for checkpoint in broken:
                     aside = checkpoint.with_name(f"{checkpoint.name}.corrupt")
-                    shutil.rmtree(aside, ignore_errors=True)
+                    if aside.exists():
+                        aside.rmtree()
                     checkpoint.rename(aside)
             wait_for_all("corrupt checkpoints are set aside")
             self.manager.reload()
@@ -173,15 +175,39 @@ class LowestLoss(checkpoint_managers.PreservationPolicy):
         return [best < math.inf and self.losses.get(checkpoint.step) == best for checkpoint in checkpoints]
 
 
-def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folders of checkpoints, the newest first, whole or not."""
-    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+def location(path: str | os.PathLike) -> epath.Path:
+    """An absolute path here, or one in a bucket."""
+    name = os.fspath(path)
+    if is_local(name):
+        return epath.Path(pathlib.Path(name).expanduser().resolve())
+    if not name.startswith("gs://"):
+        raise UserError(
+            f"{name}: checkpoints are read and written here, on a file system that all hosts share, or at gs://BUCKET/PATH; "
+            f"Orbax, which does it, knows no {name.partition('://')[0]}://; docs/endurance.md says what to do"
+        )
+    filesystem(name)  # whose library may be missing
+    return epath.Path(name)
+
+
+def step_folders(folder: epath.Path) -> list[epath.Path]:
+    """The folders of checkpoints that were written to their end, the newest first, whole or not."""
+    steps = [path for path in _listed(folder) if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)]
     return sorted(steps, key=lambda path: int(path.name), reverse=True)
 
 
+def _half_written(folder: epath.Path) -> list[epath.Path]:
+    """Folders that have another name until they are whole, or in a bucket no mark yet that they are."""
+    found = [path for path in _listed(folder) if path.name.isdigit() or ".orbax-checkpoint-tmp" in path.name]
+    return sorted(path for path in found if not ocp.utils.is_checkpoint_finalized(path))
+
+
+def _listed(folder: epath.Path) -> list[epath.Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
 def first_whole(
-    checkpoints: list[pathlib.Path], read: Callable[[pathlib.Path], Read | None]
-) -> tuple[Read, list[pathlib.Path]]:
+    checkpoints: list[epath.Path], read: Callable[[epath.Path], Read | None]
+) -> tuple[Read, list[epath.Path]]:
     """What `read` makes of the first whole checkpoint for which it is not None, and those before that are not whole."""
     broken = []
     for checkpoint in checkpoints:
@@ -238,7 +264,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {said}"
 
 
-def _loss(checkpoint: pathlib.Path) -> float:
+def _loss(checkpoint: epath.Path) -> float:
     """The mean loss that a checkpoint was saved with, infinite if it cannot be read."""
     try:
         return _read_records(checkpoint)[0]["loss"]
@@ -246,7 +272,7 @@ def _loss(checkpoint: pathlib.Path) -> float:
         return math.inf
 
 
-def load_model(path: str | pathlib.Path) -> tuple[CLIP, dict]:
+def load_model(path: str | os.PathLike) -> tuple[CLIP, dict]:
     """The model of a run's newest whole checkpoint, or of one checkpoint, and the configuration of the run.
 
     Args:
@@ -255,12 +281,12 @@ def load_model(path: str | pathlib.Path) -> tuple[CLIP, dict]:
     return first_whole(_meant(path), _read_model)[0]
 
 
-def load_config(path: str | pathlib.Path) -> CLIPConfig:
+def load_config(path: str | os.PathLike) -> CLIPConfig:
     """The configuration of the model that `load_model` would read."""
     return CLIPConfig.from_dict(first_whole(_meant(path), _read_records)[0][1]["model"])
 
 
-def _read_model(checkpoint: pathlib.Path) -> tuple[CLIP, dict]:
+def _read_model(checkpoint: epath.Path) -> tuple[CLIP, dict]:
     about, config, _ = _read_records(checkpoint)
     graphdef, params, batch_stats = split_model(abstract_model(CLIPConfig.from_dict(config["model"])))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -277,9 +303,9 @@ def _read_model(checkpoint: pathlib.Path) -> tuple[CLIP, dict]:
     return nnx.merge(graphdef, state["params"], state["batch_stats"]), config
 
 
-def _meant(path: str | pathlib.Path) -> list[pathlib.Path]:
+def _meant(path: str | os.PathLike) -> list[epath.Path]:
     """The folders of the checkpoints that are meant: this one, or all of the run, the newest first."""
-    folder = pathlib.Path(path).expanduser().resolve()
+    folder = location(path)
     checkpoints = workdir_of(folder) / "checkpoints"
     if not checkpoints.is_dir():
         found = "no folder checkpoints in it" if folder.is_dir() else "no such folder"
@@ -302,7 +328,7 @@ def _items(state: dict, about: dict, config: dict, data_position: dict | None) -
     )
 
 
-def _read_records(checkpoint: pathlib.Path) -> tuple[dict, dict, dict | None]:
+def _read_records(checkpoint: epath.Path) -> tuple[dict, dict, dict | None]:
     """What a checkpoint says of itself, the configuration, and the data position, if they are what was written."""
     names = ("about", "config", "data")
     items = _restore(checkpoint, **{name: ocp.args.JsonRestore() for name in names})
@@ -312,7 +338,7 @@ def _read_records(checkpoint: pathlib.Path) -> tuple[dict, dict, dict | None]:
     return about, config, data_position
 
 
-def _restore(checkpoint: pathlib.Path, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
+def _restore(checkpoint: epath.Path, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
     """Some of the items of a checkpoint, read without a manager, which would own the folder.
 
     Each process reads what its devices hold, without waiting for the others: one of them may find its part broken.
@@ -324,7 +350,7 @@ def _restore(checkpoint: pathlib.Path, **items: ocp.args.CheckpointArgs) -> ocp.
         return reader.restore(checkpoint, args=ocp.args.Composite(**items))
 
 
-def workdir_of(folder: pathlib.Path) -> pathlib.Path:
+def workdir_of(folder: epath.Path) -> epath.Path:
     """The workdir of a path that is one, or its folder `checkpoints`, or a step in there."""
     checkpoints = folder.parent if folder.name.isdigit() else folder
     return checkpoints.parent if checkpoints.name == "checkpoints" else folder

@@ -32,6 +32,8 @@ def default_config() -> ConfigDict:
             "total_steps": 10_000,
             "log_every": 50,  # steps
             # A checkpoint is saved every so many steps, and so long after the one before; 0: by steps alone.
+            # Where checkpoints are if not in the workdir: gs://BUCKET/PATH.  The workdir need not be shared then.
+            "bucket": "",
             "checkpoint_every": 1_000,
             "checkpoint_minutes": 30.0,
             "checkpoints_kept": 3,  # the last ones, besides these two kinds:

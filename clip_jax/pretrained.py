@@ -13,10 +13,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from clip_jax.checkpoint import load_config, load_model, workdir_of
+from clip_jax.checkpoint import load_config, load_model, location, workdir_of
 from clip_jax.config import did_you_mean
 from clip_jax.errors import UserError
+from clip_jax.files import is_local
 from clip_jax.images import Preprocess
 from clip_jax.models import CLIP, CLIPConfig
 from clip_jax.models.architectures import ResNetConfig, SmallResNetConfig
@@ -24,6 +26,8 @@ from clip_jax.pytorch import configs, files, hf_configs, layouts, open_clip_conf
 from clip_jax.pytorch.files import StateDict
 from clip_jax.pytorch.layouts import Weights
 from clip_jax.tokenizer import Tokenizer, tokenize
+
+Path = pathlib.Path | epath.Path  # the latter also in a bucket
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HF_CONFIG, HF_PREPROCESSING = "config.json", "preprocessor_config.json"
@@ -102,8 +106,8 @@ def load(
     """A trained model, and what makes its input of a `PIL.Image`; None for a text encoder alone, which has no such input.
 
     Args:
-      name_or_path: a name of `available_models()`; `hf-hub:owner/repository`; or a local workdir of
-        train.py, OpenAI `.pt`, open_clip file with its open_clip_config.json, or Hugging Face folder,
+      name_or_path: a name of `available_models()`; `hf-hub:owner/repository`; or a workdir of
+        train.py, here or at gs://, a local OpenAI `.pt`, open_clip file with its open_clip_config.json, or Hugging Face folder,
         the text encoder of a diffusion pipeline among them.
       dtype: of matrix products, "float32" or "bfloat16"; parameters are float32.
       image_size: another resolution, in pixels a side: the position embedding is interpolated.
@@ -131,7 +135,7 @@ def get_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
     return tokenizer_of(read_config(path), path)
 
 
-def tokenizer_of(config: CLIPConfig, path: pathlib.Path) -> Tokenizer:
+def tokenizer_of(config: CLIPConfig, path: Path) -> Tokenizer:
     """The tokenizer of a model whose configuration was read."""
     if config.tokenizer == "openai":
         return functools.partial(tokenize, context_length=config.text.context_length)
@@ -140,15 +144,15 @@ def tokenizer_of(config: CLIPConfig, path: pathlib.Path) -> Tokenizer:
     return SigLIPTokenizer.read(tokenizer_files(config, path)[0], config)
 
 
-def tokenizer_files(config: CLIPConfig, path: pathlib.Path) -> list[pathlib.Path]:
+def tokenizer_files(config: CLIPConfig, path: Path) -> list[Path]:
     """SigLIP's vocabulary, `tokenizer.json`, first, and what transformers wants with it; beside the weights or from the hub."""
-    folder = workdir_of(path.resolve()) if _is_run(path) else path if path.is_dir() else path.parent
+    folder = workdir_of(location(path)) if _is_run(path) else path if path.is_dir() else path.parent
     if not (folder / VOCABULARY[0]).is_file():
         folder = _download(configs.TOKENIZERS[config.tokenizer], str(folder / VOCABULARY[0]), VOCABULARY)
     return [folder / name for name in VOCABULARY if (folder / name).is_file()]
 
 
-def read_config(path: pathlib.Path) -> CLIPConfig:
+def read_config(path: Path) -> CLIPConfig:
     """The configuration of what is at a path, without its weights where they are not needed for it."""
     if _is_run(path):
         return load_config(path)
@@ -156,9 +160,13 @@ def read_config(path: pathlib.Path) -> CLIPConfig:
     return config or read(path)[0]
 
 
-def locate(name_or_path: str | pathlib.Path) -> pathlib.Path:
-    """The local path of a model, downloaded if it has to be."""
+def locate(name_or_path: str | pathlib.Path) -> Path:
+    """The path of a model, downloaded if it has to be."""
     name = str(name_or_path)
+    if not is_local(name):
+        if not _is_run(path := location(name)):
+            raise UserError(f"{name}: expected the bucket of a run, found no folder checkpoints there; copy other weights here")
+        return path
     path = pathlib.Path(name).expanduser()
     if path.exists():
         return path
@@ -172,7 +180,7 @@ def locate(name_or_path: str | pathlib.Path) -> pathlib.Path:
     return _download(HUB[name], name, OPEN_CLIP_FILES)
 
 
-def read(path: pathlib.Path) -> tuple[CLIPConfig, Weights, str]:
+def read(path: Path) -> tuple[CLIPConfig, Weights, str]:
     """Configuration, weights and layout of whatever is at a path."""
     if _is_run(path):
         model, _ = load_model(path)
@@ -194,9 +202,9 @@ def read(path: pathlib.Path) -> tuple[CLIPConfig, Weights, str]:
     return config, layouts.to_ours(state, layouts.LAYOUTS[name](config), config, str(file)), name
 
 
-def _is_run(path: pathlib.Path) -> bool:
+def _is_run(path: Path) -> bool:
     """Whether it is a workdir, its folder `checkpoints`, or a step in there."""
-    return path.is_dir() and (workdir_of(path.resolve()) / "checkpoints").is_dir()
+    return path.is_dir() and (workdir_of(location(path)) / "checkpoints").is_dir()
 
 
 def _weights_file(path: pathlib.Path) -> pathlib.Path:

@@ -1,14 +1,11 @@
 """Training data in a bucket and behind http: real servers on this machine, reached as any other."""
 
-import os
 import pathlib
-import socket
-import subprocess
 import sys
-import time
 
 import boto3
 import pytest
+import servers
 from botocore.config import Config
 from sets import FIELDS, captions, check_five, config_of, good, jpeg, tar
 
@@ -25,51 +22,17 @@ web.run_app(app, host="127.0.0.1", port=int(sys.argv[2]), print=None)
 """
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def started(command: list[str], port: int, **options) -> subprocess.Popen:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return process
-        assert process.poll() is None, "the server did not start"
-        time.sleep(0.1)
-    raise TimeoutError("the server does not answer")
-
-
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
-    """An S3 server, with the variables by which every client finds it, and a client."""
-    port = free_port()
-    known = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "HOME": str(tmp_path_factory.mktemp("home")),  # where the indices of shards are kept
-    }
-    server = started([sys.executable, "-m", "moto.server", "-p", str(port)], port)
-    before = {name: os.environ.get(name) for name in known}
-    os.environ.update(known)
-    try:
+    """A client of an S3 server."""
+    with servers.s3(tmp_path_factory.mktemp("home")):
         client = boto3.client("s3", config=Config(retries={"max_attempts": 1}))
-        client.create_bucket(Bucket="pairs")
+        client.create_bucket(Bucket=servers.BUCKET)
         yield client
-    finally:
-        server.kill()
-        server.wait()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def upload(client, path: str) -> None:
-    client.upload_file(path, "pairs", pathlib.Path(path).name)
+    client.upload_file(path, servers.BUCKET, pathlib.Path(path).name)
 
 
 def test_tars_in_a_bucket(bucket, tmp_path):
@@ -112,8 +75,8 @@ def test_what_is_not_in_the_bucket_is_named(bucket, tmp_path):
 def test_tars_behind_http(bucket, tmp_path):
     del bucket  # but for its HOME
     tar(tmp_path / "a.tar", good([f"number {i}" for i in range(5)]))
-    port = free_port()
-    server = started([sys.executable, "-c", HTTP_SERVER, str(tmp_path), str(port)], port)
+    port = servers.free_port()
+    server = servers.started([sys.executable, "-c", HTTP_SERVER, str(tmp_path), str(port)], port)
     try:
         records = open_records(f"http://127.0.0.1:{port}/a.tar", "train", FIELDS)
         check_five(records)

@@ -14,6 +14,7 @@ import time
 
 import jax.numpy as jnp
 import pytest
+import servers
 from conftest import ROOT
 
 from clip_jax.config import load_config
@@ -182,6 +183,24 @@ def test_twenty_kills_at_random_moments_change_no_bit(start, tmp_path):
     print(f"\n{kills} kills, after so many logged steps: {beginnings}")
     assert len(set(beginnings)) > 10 and beginnings[-1] < 500
     assert trace(workdir) == trace(tmp_path / "whole")
+
+
+@pytest.mark.endurance
+def test_a_run_with_its_checkpoints_in_a_bucket_goes_on_from_there(start, whole, tmp_path):
+    bucket = f"--config.bucket=gs://{servers.BUCKET}/run"
+    with servers.gcs(tmp_path):
+        process = start(tmp_path / "one", bucket)
+        wait_until(lambda: len(rows(tmp_path / "one")) >= 10, process)
+        process.send_signal(signal.SIGTERM)
+        ended(process, os.EX_TEMPFAIL)
+        step = len(rows(tmp_path / "one"))
+        process = start(tmp_path / "two", bucket)  # the disk of the first machine is gone
+        wait_until(lambda: len(rows(tmp_path / "two")) >= 2, process)
+        process.kill()
+        process.communicate()
+        assert f"going on after step {step}" in ended(start(tmp_path / "two", bucket))
+    assert trace(tmp_path / "one") + trace(tmp_path / "two") == trace(whole)
+    assert not (tmp_path / "two" / "checkpoints").exists()
 
 
 def two(start, workdir: pathlib.Path, **options) -> list[subprocess.Popen]:
