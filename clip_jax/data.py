@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 
 from clip_jax import augment
 from clip_jax.errors import BadSample, UserError
-from clip_jax.health import Health, Report, watched
+from clip_jax.health import Health, Report
 from clip_jax.order import Order
 from clip_jax.prefetch import made_ahead
 from clip_jax.records import Place, Record, Records, missing_field, open_records
 from clip_jax.tokenizer import tokenize
+from clip_jax.watchdog import Watchdog
 
 ATTEMPTS = 100  # samples that are tried for one row
 CAPTION_DRAWS = 10  # random numbers that one caption takes
@@ -305,11 +306,12 @@ class Batches:
         self.source = TrainingBatches(config, rows)
         health.broken(self.source.records.broken)
         self.iterator = None
+        self.watchdog = Watchdog(self._reading, config.data.stall_seconds)
         self._go_on(0)
 
     def _go_on(self, position: int) -> None:
         data = self.config.data
-        self.close()
+        self._stop()
         self.source.position, self.taken = position, 0
         self.iterator = made_ahead(self.source, data.prefetch, data.workers)
 
@@ -317,7 +319,7 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        with watched(self._reading, self.config.data.stall_seconds):
+        with self.watchdog:
             batch = next(self.iterator)
         self.taken += 1
         self.health.record(batch.pop("report"))
@@ -328,7 +330,11 @@ class Batches:
         return self.source.shards(self.taken) if self.config.data.workers else self.source.reading
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, and the thread that watches."""
+        self.watchdog.close()
+        self._stop()
+
+    def _stop(self) -> None:
         if self.iterator is not None:
             self.iterator.close()
 

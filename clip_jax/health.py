@@ -1,13 +1,9 @@
 """How well the data is: what was skipped and why, whether that is too much, and what a run waits for."""
 
 import collections
-import contextlib
 import dataclasses
 import json
 import pathlib
-import sys
-import threading
-from collections.abc import Callable, Iterator
 
 import jax
 
@@ -107,23 +103,3 @@ def read_ledger(file: pathlib.Path) -> list[dict]:
     if not file.is_file():
         return []
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-
-
-@contextlib.contextmanager
-def watched(reading: Callable[[], list[str]], seconds: float) -> Iterator[None]:
-    """Says, whenever so much time has gone by, that a run still waits for data, and for which shards."""
-    done = threading.Event()
-
-    def watch() -> None:
-        waited = 0.0
-        while not done.wait(seconds):
-            waited += seconds
-            shards = ", ".join(reading()[:5]) or "no shard: decoding, or other threads, take the time"
-            print(f"host {jax.process_index()}: no batch for {waited:.3g} s; it reads {shards}", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()

@@ -46,4 +46,5 @@ def get_config():
     data.augment.background_rate = 1 / 3
     data.cache = True
     data.threads = 0  # pictures this small are not worth a thread each
+    data.prefetch = 32  # also made while the step is compiled
     return config
