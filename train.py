@@ -17,7 +17,7 @@ import jax
 from clip_jax.checkpoint import Checkpoints
 from clip_jax.config import parse_command_line, validate
 from clip_jax.data import explain_step, training_batches
-from clip_jax.distributed import check_same_data, is_first, join, on_every_host, wait_for_all
+from clip_jax.distributed import check_same_data, errors_on_all, is_first, join, on_every_host, wait_for_all
 from clip_jax.errors import Stopped, run_program
 from clip_jax.evaluate import evaluate_emoji, format_table, write_results
 from clip_jax.figures import draw_figures
@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> None:
 
     # Data
     health = Health(ledger_of(workdir), config.data.max_bad)
-    batches = training_batches(config, local_rows(config.batch_size, mesh), health)
+    with errors_on_all():
+        batches = training_batches(config, local_rows(config.batch_size, mesh), health)
     check_same_data(len(batches.source.records), batches.source.records.digest())
 
     # Model, loss and step

@@ -4,8 +4,9 @@ docs/clusters.md has the commands.  All processes run the same program; each rea
 its part of the arrays and writes its part of the checkpoints; the first one writes and prints what people read.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -80,6 +81,18 @@ def all_agree(yes: bool) -> bool:
 def first_says(yes: bool) -> bool:
     """What the first process says, on all of them; each has to ask."""
     return yes if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(yes)))
+
+
+@contextlib.contextmanager
+def errors_on_all() -> Iterator[None]:
+    """Inside, what is an error for people on one process becomes one on all, so that none waits for the others in vain."""
+    error = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    if not all_agree(error is None):
+        raise error or UserError("another process found an error; its own output says which")
 
 
 def check_same_data(samples: int, digest: str) -> None:

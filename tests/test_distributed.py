@@ -88,6 +88,10 @@ def test_processes_that_see_other_data_are_refused(tmp_path):
     said = together(tmp_path / "run", 2, 1, *data, "--config.batch_size=4", status=2, HOME=[str(home) for home in homes])
     other = "error: config.data.sets: process 1 sees 8 samples, and process 0 8, or others of that number; give all"
     assert all(other in errors and "Traceback" not in errors for errors in said)
+    (homes[1] / "set.tar").unlink()
+    first, second = together(tmp_path / "run", 2, 1, *data, "--config.batch_size=4", status=2, HOME=[str(home) for home in homes])
+    assert "error: another process found an error; its own output says which" in first
+    assert f"error: {homes[1]}/set.tar: expected a file, which cannot be seen (FileNotFoundError" in second
 
 
 def test_a_cluster_is_seen_and_a_laptop_is_none():
