@@ -19,7 +19,10 @@ from clip_jax.config import parse_command_line, validate
 from clip_jax.data import explain_step, training_batches
 from clip_jax.distributed import check_same_data, errors_on_all, is_first, join, on_every_host, wait_for_all
 from clip_jax.errors import Stopped, run_program
-from clip_jax.evaluate import evaluate_emoji, format_table, write_results
+from clip_jax.evaluation.during import Evaluations
+from clip_jax.evaluation.encoder import Encoder
+from clip_jax.evaluation.results import format_table, write_results
+from clip_jax.evaluation.tasks import Measurement
 from clip_jax.figures import draw_figures
 from clip_jax.health import Health, ledger_of
 from clip_jax.interruption import Interruption
@@ -70,7 +73,7 @@ def main(arguments: list[str]) -> None:
         state = init()
 
     # Train
-    recovery = Recovery(checkpoints, abstract_state, state, config)
+    recovery, evaluations = Recovery(checkpoints, abstract_state, state, config), Evaluations(config)
     start, seen = int(state.step), samples_seen(state.seen)
     total, stopped = start + steps_left(state.seen, config), False
     with (
@@ -87,6 +90,8 @@ def main(arguments: list[str]) -> None:
             log.record(number, metrics, health.seconds)
             state = recovery.after(state, metrics)
             stopped = interruption.reached(number)
+            if evaluations.due(number):
+                log.measured_now(evaluations.measure(state))
             if stopped or number == total or checkpoints.due(number):
                 state = recovery.save(state, batches.get_state(), log.mean_loss(), at_once=stopped or number == total)
             if stopped:
@@ -99,8 +104,8 @@ def main(arguments: list[str]) -> None:
 
     # Evaluate
     model = model_of(on_every_host((state.params, state.batch_stats)), config)
+    results, _ = Measurement(Encoder(model), model.config.name, str(workdir)).of("emoji")
     if is_first():
-        results = evaluate_emoji(model, pretrained=str(workdir))
         write_results(workdir / "results.json", results)
         draw_figures(model, workdir)
         print(format_table(results))

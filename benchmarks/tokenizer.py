@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from parity import torchvision_without_gpu
 
 from clip_jax import tokenize as ours
-from clip_jax.evaluate import load_emoji
+from clip_jax.evaluation.emoji import load_emoji
 
 _OPERATORS = torchvision_without_gpu()
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, Float32
 import clip_jax
 from clip_jax import images
 from clip_jax.errors import UserError, run_program
-from clip_jax.evaluate import BATCH, Encoder
+from clip_jax.evaluation.encoder import BATCH, Encoder
 from clip_jax.features import Features, one_line
 from clip_jax.models import CLIP
 from clip_jax.sources import Source, read_file

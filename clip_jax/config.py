@@ -31,9 +31,9 @@ def default_config() -> ConfigDict:
             # same schedule by the samples that it has seen, and ends after as many.
             "total_steps": 10_000,
             "log_every": 50,  # steps
-            # A checkpoint is saved every so many steps, and so long after the one before; 0: by steps alone.
             # Where checkpoints are if not in the workdir: gs://BUCKET/PATH.  The workdir need not be shared then.
             "bucket": "",
+            # One is saved every so many steps, and so long after the one before; 0: by steps alone.
             "checkpoint_every": 1_000,
             "checkpoint_minutes": 30.0,
             "checkpoints_kept": 3,  # the last ones, besides these two kinds:
@@ -42,6 +42,8 @@ def default_config() -> ConfigDict:
             # A step whose loss or gradient is not finite changes nothing.  After so many in a row the model and its optimizer
             # come back from the last checkpoint before them, and the data goes on: so often, then the run ends.
             "nonfinite": {"in_a_row": 10, "rollbacks": 3},
+            # Every so many minutes the model is measured on these tasks of eval.py, on all devices; 0: never.
+            "evaluate": {"minutes": 0.0, "tasks": ("emoji",), "data_dir": ""},
             "model": architecture("ViT-B/32"),
             "loss": {
                 "kind": "softmax",  # or "sigmoid", for a model with a logit_bias
@@ -241,6 +243,10 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {config[name]}, expected 0, for never, or more")
     if config.nonfinite.rollbacks < 0:
         raise UserError(f"config.nonfinite.rollbacks is {config.nonfinite.rollbacks}, expected at least 0")
+    if config.evaluate.minutes < 0:
+        raise UserError(f"config.evaluate.minutes is {config.evaluate.minutes}, expected 0, for never, or more")
+    if config.evaluate.minutes and not config.evaluate.tasks:
+        raise UserError("config.evaluate.tasks is empty, expected at least one, such as emoji; or set config.evaluate.minutes to 0")
     if not config.data.sets:
         raise UserError("config.data.sets is empty, expected at least one set: a folder, a table, or shards")
     Augmentation(**config.data.augment)  # which checks itself

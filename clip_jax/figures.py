@@ -3,13 +3,15 @@
 import math
 import pathlib
 
+import jax
 import matplotlib
 
 matplotlib.use("Agg")  # files only; no window system is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from clip_jax.evaluate import Emoji, Encoder, load_emoji
+from clip_jax.evaluation.emoji import Emoji, load_emoji
+from clip_jax.evaluation.encoder import Encoder
 from clip_jax.metrics import read_metrics
 from clip_jax.models import CLIP
 
@@ -22,7 +24,8 @@ FOUND = 5
 
 def draw_figures(model: CLIP, workdir: pathlib.Path) -> None:
     """Writes loss.png, similarity.png and retrieval.png."""
-    encoder, emoji = Encoder(model), load_emoji()
+    # The first of several processes is alone here.
+    encoder, emoji = Encoder(model, devices=jax.local_devices()), load_emoji()
     draw_loss(workdir / "metrics.jsonl", workdir / "loss.png")
     draw_similarity(encoder, emoji, workdir / "similarity.png")
     draw_retrieval(encoder, emoji, workdir / "retrieval.png")

@@ -34,6 +34,7 @@ class MetricsLog:
         self.seen_before_first = seen - start * batch_size
         self.waited, self.made = collections.Counter(), collections.Counter()
         self.since, self.since_step = time.perf_counter(), start
+        self.measured: dict[str, float] = {}
         if not writes:
             return
         self.file = workdir / "metrics.jsonl"
@@ -90,7 +91,9 @@ class MetricsLog:
             "data_wait": self.waited["data"] / elapsed,
             "copy_wait": self.waited["copy"] / elapsed,
             **values,
+            **self.measured,
         }
+        self.measured = {}
         bottleneck = _bottleneck(record["data_wait"], record["copy_wait"], collections.Counter(making) - self.made)
         self.waited, self.made = collections.Counter(), collections.Counter(making)
         self.since, self.since_step = time.perf_counter(), step
@@ -111,6 +114,11 @@ class MetricsLog:
             f"{record['samples_per_second']:.0f} samples/s, data wait {record['data_wait']:.0%}, bottleneck {bottleneck}",
             refresh=False,
         )
+
+    def measured_now(self, metrics: Mapping[str, float]) -> None:
+        """Metrics of an evaluation, which go with the next step that is logged; the time that it took is no step's."""
+        self.measured = dict(metrics)
+        self.since, self.waited = time.perf_counter(), collections.Counter()
 
     def mean_loss(self) -> float:
         """The mean loss of the steps since this was last asked, without those skipped; infinite if all were."""

@@ -9,7 +9,7 @@ among 1,911 names on the seventh (chance 0.05 and 0.26 %).  docs/emoji.md tells 
 import pathlib
 
 from clip_jax.config import architecture, default_config
-from clip_jax.evaluate import EMOJI_TEMPLATES
+from clip_jax.evaluation.emoji import EMOJI_TEMPLATES
 
 VENDORS = ("noto", "noto_v1", "twemoji", "openmoji", "emojitwo", "fxemoji")
 EMOJI = pathlib.Path(__file__).parent.parent / "clip_jax" / "emoji"

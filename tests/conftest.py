@@ -58,3 +58,16 @@ def files(tmp_path) -> pathlib.Path:
     for i in range(5):
         (tmp_path / "pictures" / f"{i}.jpg").write_bytes(jpeg(i))
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def builder():
+    """CLIP_benchmark's reader."""
+    pytest.importorskip("clip_benchmark", reason="needs clip_benchmark: pip install --no-deps clip_benchmark==1.6.2 webdataset")
+    from parity import torchvision_without_gpu
+
+    operators = torchvision_without_gpu()
+    from clip_benchmark.datasets import builder
+
+    yield builder
+    del operators

@@ -10,7 +10,7 @@ from clip_jax import images
 from clip_jax.config import load_config
 from clip_jax.data import TrainingBatches, explain_step, texts, training_batches
 from clip_jax.errors import UserError
-from clip_jax.evaluate import load_emoji
+from clip_jax.evaluation.emoji import load_emoji
 from clip_jax.records.prepared import Prepared
 from clip_jax.tokenizer import decode
 

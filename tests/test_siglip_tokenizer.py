@@ -8,7 +8,7 @@ from weights import SMALL, rich_weights
 import clip_jax
 from clip_jax import convert
 from clip_jax.errors import UserError
-from clip_jax.evaluate import Encoder
+from clip_jax.evaluation.encoder import Encoder
 from clip_jax.siglip_tokenizer import SigLIPTokenizer, canonicalize
 
 SIGLIP = SMALL["siglip"]

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax.models.architectures import CLIPConfig
 from clip_jax.models.placement import whole
-from clip_jax.models.transformer import LayerNorm, Transformer
+from clip_jax.models.transformer import LayerNorm, Prefix, Transformer
 
 
 class TextTower(nnx.Module):
@@ -44,6 +44,17 @@ class TextTransformer(TextTower):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  T is at most the context length."""
         # EOT has the largest id, and argmax finds the first: right for any padding below it.
-        x = self.transformer(self.embed(tokens), jnp.argmax(tokens, axis=1))
-        x = self.ln_final(x) @ self.projection[...].astype(x.dtype)
-        return x.astype(jnp.float32)
+        return self._project(self.transformer(self.embed(tokens), jnp.argmax(tokens, axis=1)))
+
+    def prefix(self, tokens: Int[Array, "P"]) -> list[Prefix]:
+        """What texts that begin alike have in common: keys and values, which causal attention leaves as they are."""
+        return self.transformer.prefix(self.embed(tokens[None])[0])
+
+    def after(self, prefix: list[Prefix], length: Int[Array, ""], tokens: Int[Array, "B N"]) -> Float[Array, "B E"]:
+        """The features of texts, of which `tokens` follow the first `length` tokens of a prefix."""
+        positions = jnp.minimum(length + jnp.arange(tokens.shape[1]), len(self.position_embedding[...]) - 1)
+        x = whole(self.token_embedding[...])[tokens] + self.position_embedding[...][positions][None]
+        return self._project(self.transformer.after(x.astype(self.dtype), prefix, length, jnp.argmax(tokens, axis=1)))
+
+    def _project(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        return (self.ln_final(x) @ self.projection[...].astype(x.dtype)).astype(jnp.float32)

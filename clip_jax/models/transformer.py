@@ -15,6 +15,9 @@ from clip_jax.errors import UserError
 from clip_jax.models.architectures import CLIPConfig, TextConfig, ViTConfig
 from clip_jax.models.placement import along_batch
 
+Prefix = tuple[Float[Array, "*B P H d"], Float[Array, "*B P H d"]]  # keys and values
+Own = tuple[Float[Array, "B N H d"], Float[Array, "B N H d"]]
+
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -72,6 +75,21 @@ class Attention(nnx.Module):
         )
         return self.out(y.reshape(q.shape))
 
+    def after(self, x: Float[Array, "B N D"], keys: Prefix, length: Int[Array, ""]) -> tuple[Float[Array, "B N D"], Own]:
+        """Causal attention of rows that all follow the first `length` positions of one prefix; and their own keys and values."""
+        q, k, v = map(self._split_heads, jnp.split(self.qkv(x), 3, axis=-1))
+        scale, rows = q.shape[-1] ** -0.5, x.shape[1]
+        # The prefix is one matrix for all rows, so that its products are large ones.
+        before = jnp.einsum("bnhd,phd->bhnp", q, keys[0])
+        own = jnp.einsum("bnhd,bmhd->bhnm", q, k)
+        before = jnp.where(jnp.arange(before.shape[-1]) < length, before, -jnp.inf)
+        own = jnp.where(jnp.tri(rows, dtype=bool)[None, None], own, -jnp.inf)
+        weights = jnp.concatenate([before, own], axis=-1).astype(jnp.float32) * scale
+        weights = jax.nn.softmax(weights, axis=-1).astype(x.dtype)
+        before, own = weights[..., : before.shape[-1]], weights[..., before.shape[-1] :]
+        y = jnp.einsum("bhnp,phd->bnhd", before, keys[1]) + jnp.einsum("bhnm,bmhd->bnhd", own, v)
+        return self.out(y.reshape(x.shape)), (k, v)
+
     def _split_heads(self, x: Float[Array, "B N D"]) -> Float[Array, "B N H d"]:
         return x.reshape(*x.shape[:2], self.heads, -1)
 
@@ -117,6 +135,12 @@ class Block(nnx.Module):
         x = x + self.attention(self.ln_1(x), causal)
         return along_batch(x + self.mlp(self.ln_2(x)))
 
+    def after(self, x: Float[Array, "B N D"], keys: Prefix, length: Int[Array, ""]) -> tuple[Float[Array, "B N D"], Own]:
+        """Causal, of rows that all follow one prefix; and their own keys and values."""
+        attended, own = self.attention.after(self.ln_1(x), keys, length)
+        x = x + attended
+        return x + self.mlp(self.ln_2(x)), own
+
     def at(self, x: Float[Array, "B N D"], position: Int[Array, "B"], causal: bool) -> Float[Array, "B D"]:
         """`self(x, causal)` at one position a row."""
         x, attended = take(x, position), self.attention.at(self.ln_1(x), position, causal)
@@ -140,6 +164,23 @@ class Transformer(nnx.Module):
         x = self.hidden_states(x, -2)
         last = lambda block, x: block.at(x, position, self.causal)
         return self._rematerialized(last)(self.blocks[-1], x)
+
+    def prefix(self, x: Float[Array, "P D"]) -> list[Prefix]:
+        """Keys and values of one row in every block, for rows that begin with it."""
+        found, x = [], x[None]
+        for block in self.blocks:
+            empty = jnp.zeros((0, block.attention.heads, x.shape[-1] // block.attention.heads), x.dtype)
+            x, (k, v) = block.after(x, (empty, empty), jnp.int32(0))
+            found.append((k[0], v[0]))
+        return found
+
+    def after(
+        self, x: Float[Array, "B N D"], prefix: list[Prefix], length: Int[Array, ""], position: Int[Array, "B"]
+    ) -> Float[Array, "B D"]:
+        """`self`, of a causal transformer, for rows that follow the first `length` positions of one prefix."""
+        for block, keys in zip(self.blocks, prefix, strict=True):
+            x, _ = block.after(x, keys, length)
+        return take(x, position)
 
     def hidden_states(self, x: Float[Array, "B N D"], layer: int) -> Float[Array, "B N D"]:
         """After so many blocks; counted from the end, -1 is after the last and -2 is the penultimate."""

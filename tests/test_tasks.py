@@ -1,0 +1,151 @@
+"""eval.py: tasks, probes, what is kept and resumed, what it writes, and what it refuses."""
+
+import csv
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import PIL.Image
+import pytest
+from flax import nnx
+
+import eval as program
+from clip_jax.checkpoint import save_model
+from clip_jax.config import load_config, model_config
+from clip_jax.errors import UserError
+from clip_jax.evaluation import tasks
+from clip_jax.evaluation.encoder import Encoder
+from clip_jax.evaluation.published import published
+from clip_jax.evaluation.results import format_table, record_of, write_results
+from clip_jax.evaluation.sets import open_set
+from clip_jax.evaluation.tasks import Measurement
+from clip_jax.models import CLIP
+
+COLORS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    config = model_config(load_config("configs/emoji.py"))
+    tiny = dataclasses.replace(config, text=dataclasses.replace(config.text, width=32, heads=1), embedding=32)
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, CLIP(tiny, rngs=nnx.Rngs(0)))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def colors(tmp_path_factory) -> pathlib.Path:
+    """Noise around three colours, for training and for test."""
+    folder, rng = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 7)):
+        for name, color in COLORS.items():
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(color, 25, (40, 40, 3)), 0, 255).astype(np.uint8)
+                PIL.Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def run(capsys, *arguments: object) -> tuple[str, str]:
+    program.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return printed.out, printed.err
+
+
+def test_a_folder_of_classes_with_probes_in_every_format(checkpoint, colors, tmp_path, capsys):
+    files = [tmp_path / f"r{ending}" for ending in (".json", ".jsonl", ".csv")]
+    for file in files:
+        options = (f"--checkpoint={checkpoint}", f"--tasks={colors}", "--probes=linear,knn,few_shot", f"--output={file}")
+        table, _ = run(capsys, *options, f"--report={tmp_path / 'r.html'}")
+    records = json.loads(files[0].read_text())
+    assert [record["task"] for record in records] == ["zeroshot_classification", "linear_probe", "knn", "few_shot"]
+    assert all(set(record) == {"dataset", "model", "pretrained", "task", "metrics", "language"} for record in records)
+    metrics = records[0]["metrics"] | records[1]["metrics"] | records[2]["metrics"] | records[3]["metrics"]
+    assert metrics["acc5"] == 1 and metrics["acc1_chance"] == pytest.approx(1 / 3) and 0 <= metrics["acc1"] <= 1
+    # The towers are random, but colours are apart in them.
+    assert metrics["lp_acc1"] == metrics["knn_acc1"] == metrics["4_shot_acc1"] == 1
+    assert "lp_acc1" in table and f"{metrics['acc1']:.2%}" in table
+    lines = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert [line["metrics"]["main_metric"] for line in lines][:2] == [metrics["acc1"], 1.0]
+    rows = list(csv.DictReader(files[2].read_text().splitlines()))
+    assert {row["metric"]: float(row["value"]) for row in rows if row["task"] == "knn"}["knn_acc1"] == 1
+    assert (tmp_path / "r.html").read_text().count("<img") >= 20
+
+
+def test_features_are_kept_and_are_of_these_pictures_and_weights(checkpoint, colors, tmp_path):
+    import clip_jax
+
+    model, _ = clip_jax.load(checkpoint)
+    measure = lambda model: Measurement(Encoder(model, 8), "m", "p", cache=tmp_path).features(open_set(str(colors)))
+    first = measure(model)
+    (kept,) = tmp_path.iterdir()
+    np.save(kept, first + 1)  # to see that it is read
+    assert (measure(model) == first + 1).all()
+    other = nnx.clone(model)
+    other.vision.projection.kernel[...] *= np.linspace(1, 2, 32, dtype=np.float32)[None]
+    assert not (measure(other) == first + 1).all() and len(list(tmp_path.iterdir())) == 2
+    picture = colors / "test" / "red" / "0.png"
+    before = picture.read_bytes()
+    try:
+        picture.write_bytes((colors / "test" / "blue" / "0.png").read_bytes())
+        assert not (measure(model) == first + 1).all() and len(list(tmp_path.iterdir())) == 3
+    finally:
+        picture.write_bytes(before)
+
+
+def test_a_suite_names_what_is_not_here_and_goes_on_where_it_stopped(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(tasks.SUITES, "vtab+", ("emoji", "cifar10"))
+    arguments = (f"--checkpoint={checkpoint}", "--suite=vtab+", f"--data_dir={tmp_path}", f"--output={tmp_path / 'r.json'}")
+    table, said = run(capsys, *arguments)
+    assert said.startswith("cifar10: left out, for it is not here; get it with TensorFlow") and "emoji_fluent" in table
+    records = json.loads((tmp_path / "r.json").read_text())
+    records[0]["metrics"]["acc1"] = 0.123456
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    table, _ = run(capsys, *arguments)
+    assert "12.35%" in table  # not measured again
+
+
+def test_an_expected_value_is_an_exit_status(checkpoint, colors, capsys):
+    arguments = (f"--checkpoint={checkpoint}", f"--tasks={colors}")
+    table, _ = run(capsys, *arguments)
+    found = table.splitlines()[1].split()[2].rstrip("%")
+    run(capsys, *arguments, f"--expect={found}")
+    with pytest.raises(SystemExit) as ended:
+        run(capsys, *arguments, f"--expect={float(found) + 1}", "--tolerance=0.5")
+    assert ended.value.code == 1 and "found" in capsys.readouterr().err
+
+
+def test_published_values_stand_beside_those_of_the_same_weights():
+    record = record_of("imagenet2012", "ViT-B/32", "ViT-B/32", "zeroshot_classification", {"acc1": 0.6})
+    assert published(record) == {"acc1": 0.6332}
+    assert published(record | {"pretrained": "runs/mine"}) == {}
+    retrieval = record_of("flickr30k", "RN50", "RN50", "zeroshot_retrieval", {})
+    assert published(retrieval) == {"image_retrieval_recall@1": 0.5736, "text_retrieval_recall@1": 0.8}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tasks=emoji"], "--checkpoint is missing"),
+        (["--checkpoint=x", "--tasks=emoji", "--suite=all"], "--tasks and --suite, expected one of the two"),
+        (["--checkpoint=x", "--suite=vtab"], "--suite=vtab, expected emoji, vtab.*did you mean vtab"),
+        (["--checkpoint=x", "--probes=linaer"], "--probes=linaer, expected some of .*did you mean linear"),
+        (["--checkpoint=x", "--output=r.txt"], "--output=r.txt: expected a name that ends in .json, .jsonl, .csv"),
+        (["--checkpoint=x", "--batch_size=0"], "--batch_size=0, expected a whole number from 1"),
+        (["--checkpoint=x", "--expect=high"], "--expect=high, expected a number, in percent"),
+        (["--checkpoint=x", "--task=emoji"], "unknown option --task; did you mean --tasks"),
+        (["--checkpoint=nowhere"], "nowhere: no such file or folder, nor a known model"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        program.main(arguments)
+
+
+def test_an_impossible_path_is_named_and_a_full_file_is_kept(tmp_path):
+    write_results(tmp_path / "a" / "r.json", [{"metrics": {}}])
+    with pytest.raises(UserError, match="cannot be written"):
+        write_results(tmp_path / "a" / "r.json" / "b.json", [])
+    assert json.loads((tmp_path / "a" / "r.json").read_text()) == [{"metrics": {}}]
+    assert "0.05%" in format_table([record_of("s", "m", "p", "t", {"acc1": 0.5, "acc1_chance": 0.0005})])
