@@ -87,7 +87,7 @@ def write(rows: list[dict], records: list[dict], skipped: int, status: int) -> N
         axes.plot(at, [row[name] for row in rows], label=name)
     axes.plot(at, total, label="both", color="black")
     axes.set(xlabel="minutes", ylabel="MiB", ylim=(0, None), title="Memory of a run and of its worker")
-    axes.legend()
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.2))
     axes.figure.savefig(RESULTS / "soak.png", dpi=100)
     speed = np.median([record["samples_per_second"] for record in records])
     wait = np.median([record["data_wait"] for record in records])
