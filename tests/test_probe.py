@@ -6,7 +6,8 @@ import pytest
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation import probe
-from clip_jax.evaluation.probe import draw, few_shot, fit, knn, linear_probe, mean_per_class_recall, search
+from clip_jax.evaluation.probe import draw, few_shot, fit, knn, linear_probe, search
+from clip_jax.evaluation.scores import mean_per_class_recall
 
 GOLDEN = dict(np.load(pathlib.Path(__file__).parent / "golden" / "probe.npz"))
 
@@ -136,7 +137,7 @@ def test_linear_probe_draws_its_own_validation_part():
 
 
 def test_recall_is_over_the_classes_that_the_test_part_has():
-    assert mean_per_class_recall(np.array([0, 0, 1, 3]), np.array([0, 0, 0, 3])) == (2 / 3 + 1) / 2
+    assert mean_per_class_recall(np.array([True, True, False, True]), np.array([0, 0, 0, 3])) == (2 / 3 + 1) / 2
 
 
 def test_few_shot_draws_are_nested_and_repeatable():
@@ -176,7 +177,7 @@ def test_knn_is_brute_force():
         expected = np.array([Counter(train[1][row[:k]].tolist()).most_common(1)[0][0] for row in nearest])
         metrics = knn(*train, *test, 20, k)
         assert metrics["knn_acc1"] == (expected == test[1]).mean()
-        assert metrics["knn_mean_per_class_recall"] == mean_per_class_recall(expected, test[1])
+        assert metrics["knn_mean_per_class_recall"] == mean_per_class_recall(expected == test[1], test[1])
         # Which are right says less than what was said: every one as brute force has it.
         assert knn(*train, test[0], expected, 20, k)["knn_acc1"] == 1
 

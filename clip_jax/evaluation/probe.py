@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import UserError
+from clip_jax.evaluation.scores import mean_per_class_recall
 
 ITERATIONS = 1000  # of L-BFGS at most, as in the paper
 TOLERANCE = 1e-5  # of `Fit.gradient`, where L-BFGS ends
@@ -154,7 +155,7 @@ def knn(
         predicted[i : i + NEIGHBOUR_BLOCK] = block[np.arange(len(block)), shares.argmax(axis=1)]  # of equals, the nearest
     return {
         "knn_acc1": float((predicted == test_labels).mean()),
-        "knn_mean_per_class_recall": mean_per_class_recall(predicted, test_labels),
+        "knn_mean_per_class_recall": mean_per_class_recall(predicted == test_labels, test_labels),
         "k": k,
     }
 
@@ -190,13 +191,6 @@ def draw(labels: Int[np.ndarray, "N"], classes: int, shots: int, seed: int) -> I
     _need(labels, classes, shots, "training")
     order, place = _shuffled_by_class(labels, classes, seed)
     return order[place < shots].reshape(classes, shots)
-
-
-def mean_per_class_recall(predicted: Int[np.ndarray, "M"], labels: Int[np.ndarray, "M"]) -> float:
-    """The mean over the classes that `labels` has of the share of their samples that are right."""
-    counts = np.bincount(labels)
-    right = np.bincount(labels[predicted == labels], minlength=len(counts))
-    return float((right[counts > 0] / counts[counts > 0]).mean())
 
 
 @functools.partial(jax.jit, static_argnames="classes")
@@ -323,7 +317,7 @@ def _metrics(prefix: str, fit: Fit, features: Float[np.ndarray, "M D"], labels: 
     return {
         f"{prefix}acc1": float(right[:, 0].mean()),
         f"{prefix}acc5": float(right.any(axis=1).mean()),
-        f"{prefix}mean_per_class_recall": mean_per_class_recall(top[:, 0].astype(labels.dtype), labels),
+        f"{prefix}mean_per_class_recall": mean_per_class_recall(top[:, 0] == labels, labels),
     }
 
 

@@ -32,9 +32,13 @@ def classification_metrics(ranks: Int[np.ndarray, "N"], labels: Int[np.ndarray, 
       ranks: how many classes are before the true one.
     """
     metrics = share("acc1", ranks < 1, 1 / classes) | share("acc5", ranks < 5, 5 / classes)
-    counts = np.bincount(labels, minlength=classes)
-    recalls = np.bincount(labels, weights=ranks < 1, minlength=classes)[counts > 0] / counts[counts > 0]
-    return metrics | {"mean_per_class_recall": float(recalls.mean()), "mean_per_class_recall_chance": 1 / classes}
+    return metrics | {"mean_per_class_recall": mean_per_class_recall(ranks < 1, labels), "mean_per_class_recall_chance": 1 / classes}
+
+
+def mean_per_class_recall(right: Bool[np.ndarray, "N"], labels: Int[np.ndarray, "N"]) -> float:
+    """The mean over the classes that `labels` has of the share of their samples that are right."""
+    counts = np.bincount(labels)
+    return float((np.bincount(labels[right], minlength=len(counts))[counts > 0] / counts[counts > 0]).mean())
 
 
 def retrieval_metrics(
