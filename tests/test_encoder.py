@@ -1,13 +1,16 @@
 """Features are the same however they are computed: in parts, cut to their length, after a common prefix, on many devices."""
 
 import dataclasses
+import io
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 from flax import nnx
 
 from clip_jax.config import load_config, model_config
+from clip_jax.errors import UserError
 from clip_jax.evaluation.classifier import zero_shot_classifier
 from clip_jax.evaluation.emoji import EMOJI_TEMPLATES, Emoji, load_emoji
 from clip_jax.evaluation.encoder import Encoder
@@ -70,6 +73,15 @@ def test_pictures_are_the_same_in_any_batch_and_on_any_number_of_devices(model):
         np.testing.assert_allclose(encoder.images(pictures), one, atol=2.9e-7)  # measured 9.7e-8
         read = encoder.read(37, lambda numbers: [pictures[i] for i in numbers])
         np.testing.assert_allclose(read, one, atol=3.6e-7)  # measured 1.2e-7
+
+
+def test_pictures_come_as_bytes_or_as_pixels_and_a_broken_one_is_named(model):
+    encoder, gray = Encoder(model, 8), np.random.default_rng(0).integers(0, 256, (28, 28, 1), dtype=np.uint8)
+    PIL.Image.fromarray(gray[..., 0]).save(file := io.BytesIO(), "PNG")
+    found = encoder.read(3, lambda numbers: [[gray, gray.repeat(3, 2), file.getvalue()][i] for i in numbers])
+    assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
+    with pytest.raises(UserError, match="here: picture 1: expected a picture that Pillow can decode, found 5 bytes"):
+        encoder.read(2, lambda numbers: [[gray, b"hello"][i] for i in numbers], where="here")
 
 
 def test_an_untrained_model_is_at_chance(model):

@@ -28,6 +28,13 @@ PREFIX = 16  # tokens that texts may share, and compute once
 SHARED_FROM = 64  # texts that share a prefix, for which that is worth it
 
 
+def picture_of(picture: Any, where: str) -> PIL.Image.Image:
+    """A picture of the bytes of its file, of pixels [H, W] or [H, W, C], or as it is."""
+    if isinstance(picture, np.ndarray):
+        return PIL.Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+    return picture if isinstance(picture, PIL.Image.Image) else images.decode(picture, where)
+
+
 class Encoder:
     """Normalised features, in float32, the same on any number of devices."""
 
@@ -86,24 +93,31 @@ class Encoder:
         preprocess = images.Preprocess.of(self.config)
         return self.pixels(np.stack([preprocess.pixels(picture) for picture in pictures]))
 
-    def read(self, count: int, read: Callable[[Sequence[int]], Sequence[Any]], progress: Callable[[int], Any] = lambda n: None):
-        """Features [N E] of so many pictures, encoded or decoded, which `read` gives by their numbers; each host reads its part."""
+    def read(
+        self,
+        count: int,
+        read: Callable[[Sequence[int]], Sequence[bytes | UInt8[np.ndarray, "H W C"] | PIL.Image.Image]],
+        progress: Callable[[int], Any] = lambda features: None,
+        where: str = "a set",
+    ) -> Float[np.ndarray, "N E"]:
+        """Features of so many pictures, encoded or decoded, which `read` gives by their numbers; each host reads its part.
+
+        Args:
+          progress: is told of every batch how many there were.
+          where: for errors.
+        """
         preprocess = images.Preprocess.of(self.config)
         rows, found = local_rows(self.batch_size, self.mesh), []
 
-        def pixels(picture: Any) -> UInt8[np.ndarray, "S S 3"]:
-            if isinstance(picture, np.ndarray):
-                picture = PIL.Image.fromarray(picture)
-            elif not isinstance(picture, PIL.Image.Image):
-                picture = images.decode(picture, "picture")
-            return preprocess.pixels(picture)
+        def pixels(number: int, picture: Any) -> UInt8[np.ndarray, "S S 3"]:
+            return preprocess.pixels(picture_of(picture, f"{where}: picture {number}"))
 
         with concurrent.futures.ThreadPoolExecutor() as threads:
             for start in range(0, count, self.batch_size):
                 numbers = [start + row for row in rows if start + row < count]
                 size = preprocess.size
                 batch = np.zeros((len(rows), size, size, 3), np.uint8)
-                for i, made in enumerate(threads.map(pixels, read(numbers) if numbers else ())):
+                for i, made in enumerate(threads.map(pixels, numbers, read(numbers) if numbers else ())):
                     batch[i] = made
                 features = self._encode_images(self.variables, jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch))
                 found.append(np.asarray(features)[: count - start])

@@ -22,7 +22,7 @@ from clip_jax.distributed import is_first
 from clip_jax.errors import UserError
 from clip_jax.evaluation.classifier import class_ranks, zero_shot_classifier
 from clip_jax.evaluation.emoji import EMOJI_TEMPLATES, Emoji, load_emoji
-from clip_jax.evaluation.encoder import Encoder
+from clip_jax.evaluation.encoder import Encoder, picture_of
 from clip_jax.evaluation.names import TASKS
 from clip_jax.evaluation.probe import few_shot, knn, linear_probe
 from clip_jax.evaluation.report import Classified, Retrieved
@@ -76,7 +76,7 @@ class Measurement:
         if kept is not None and kept.is_file():
             return np.load(kept, allow_pickle=False)
         with tqdm.tqdm(desc=of.name, total=count, unit="picture", disable=not is_first() or not sys.stderr.isatty()) as bar:
-            features = self.encoder.read(count, of.read, bar.update)
+            features = self.encoder.read(count, of.read, bar.update, of.where)
         if kept is not None and is_first():
             kept.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as beside:
@@ -165,11 +165,7 @@ class Measurement:
 def _shown(read: Callable[[Sequence[int]], list]) -> Callable[[int], PIL.Image.Image]:
     def picture(number: int) -> PIL.Image.Image:
         (found,) = read([number])
-        if isinstance(found, np.ndarray):
-            found = PIL.Image.fromarray(found.squeeze())
-        elif not isinstance(found, PIL.Image.Image):
-            found = images.decode(found, f"picture {number}")
-        return images.on_background(found)
+        return images.on_background(picture_of(found, f"picture {number}"))
 
     return picture
 
