@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
             state = recovery.after(state, metrics)
             stopped = interruption.reached(number)
             if evaluations.due(number):
-                log.measured_now(evaluations.measure(state))
+                log.measured_now(evaluations.measure(state.params, state.batch_stats))
             if stopped or number == total or checkpoints.due(number):
                 state = recovery.save(state, batches.get_state(), log.mean_loss(), at_once=stopped or number == total)
             if stopped:

@@ -75,7 +75,7 @@ def write(
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); take another path") from error
 
 
-def _vocabulary(config: CLIPConfig, source: pathlib.Path) -> list[pathlib.Path]:
+def _vocabulary(config: CLIPConfig, source: pretrained.Path) -> list[pathlib.Path]:
     """SigLIP's files, if they can be had: weights are of use without them."""
     try:
         return [] if config.tokenizer == "openai" else pretrained.tokenizer_files(config, source)

@@ -144,9 +144,9 @@ def tokenizer_of(config: CLIPConfig, path: Path) -> Tokenizer:
     return SigLIPTokenizer.read(tokenizer_files(config, path)[0], config)
 
 
-def tokenizer_files(config: CLIPConfig, path: Path) -> list[Path]:
+def tokenizer_files(config: CLIPConfig, path: Path) -> list[pathlib.Path]:
     """SigLIP's vocabulary, `tokenizer.json`, first, and what transformers wants with it; beside the weights or from the hub."""
-    folder = workdir_of(location(path)) if _is_run(path) else path if path.is_dir() else path.parent
+    folder = pathlib.Path(workdir_of(location(path))) if _is_run(path) else path if path.is_dir() else path.parent
     if not (folder / VOCABULARY[0]).is_file():
         folder = _download(configs.TOKENIZERS[config.tokenizer], str(folder / VOCABULARY[0]), VOCABULARY)
     return [folder / name for name in VOCABULARY if (folder / name).is_file()]

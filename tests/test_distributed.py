@@ -71,7 +71,9 @@ def test_two_processes_give_the_run_of_one(tmp_path):
     assert set(ours.findall(first)) == {"loss", "acc1", "acc5"} and not ours.search(second)
     one, two = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two"))
     for alone, both in zip(one, two, strict=True):
-        assert alone["metrics"] == pytest.approx(both["metrics"], abs=2e-3)  # a few of 1,595 pictures may change places
+        shares = [name.removesuffix("_chance") for name in alone["metrics"] if name.endswith("_chance")]
+        # A few of 1,595 pictures may change places.
+        assert len(shares) >= 3 and all(alone["metrics"][name] == pytest.approx(both["metrics"][name], abs=2e-3) for name in shares)
 
     # One process goes on from what both wrote, on another mesh.
     alone = start(tmp_path / "two", 4, "--config.mesh.fsdp=4", "--config.mesh.data=1")

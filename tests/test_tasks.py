@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -21,6 +22,7 @@ from clip_jax.evaluation.results import format_table, record_of, write_results
 from clip_jax.evaluation.sets import open_set
 from clip_jax.evaluation.tasks import Measurement
 from clip_jax.models import CLIP
+from clip_jax.step import split_model
 
 COLORS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
@@ -141,6 +143,29 @@ def test_published_values_stand_beside_those_of_the_same_weights():
 def test_mistakes_are_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
         program.main(arguments)
+
+
+def test_while_training(checkpoint, colors):
+    import clip_jax
+    from clip_jax.evaluation.during import Evaluations
+
+    config = load_config("configs/emoji.py").unlock()
+    assert not Evaluations(config).due(config.log_every)  # never, unless asked to
+    config.evaluate.minutes, config.evaluate.tasks = 1e-9, (str(colors),)
+    evaluations = Evaluations(config)
+    assert evaluations.due(config.log_every) and not evaluations.due(config.log_every + 1)
+    model, _ = clip_jax.load(checkpoint)
+    config.model = model.config.to_dict()
+    _, params, batch_stats = split_model(model)
+    first = evaluations.measure(params, batch_stats)
+    assert first.keys() == {f"{colors.name}/{name}" for name in ("acc1", "acc5", "mean_per_class_recall")}
+    encoder, before = evaluations.encoder, evaluations.encoder.texts(["a text"])
+    other = evaluations.measure(jax.tree.map(lambda x: x * 0 + 1e-3, params), batch_stats)
+    assert evaluations.encoder is encoder and other.keys() == first.keys()  # compiled once, of other weights
+    assert not np.allclose(encoder.texts(["a text"]), before)
+    config.evaluate.tasks = ("cifar11",)
+    with pytest.raises(UserError, match="cifar11: expected a folder or the name of a set; did you mean cifar10"):
+        Evaluations(config)
 
 
 def test_an_impossible_path_is_named_and_a_full_file_is_kept(tmp_path):

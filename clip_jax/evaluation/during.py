@@ -1,14 +1,16 @@
 """Evaluation in the middle of a run: every so many minutes, on all devices."""
 
+import pathlib
 import time
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from clip_jax.distributed import first_says, on_every_host
 from clip_jax.evaluation.encoder import Encoder
 from clip_jax.evaluation.results import BESIDE
+from clip_jax.evaluation.sets import is_here, open_set
 from clip_jax.evaluation.tasks import Measurement
-from clip_jax.state import TrainState
 from clip_jax.step import model_of
 
 
@@ -17,15 +19,19 @@ class Evaluations:
 
     def __init__(self, config: ConfigDict):
         self.config, self.begun, self.encoder = config, time.monotonic(), None
+        for task in config.evaluate.tasks if config.evaluate.minutes else ():
+            here = task == "emoji" or is_here(task, config.evaluate.data_dir or None) or pathlib.Path(task).expanduser().exists()
+            if not here:
+                open_set(task, config.evaluate.data_dir or None)  # says what is missing, before the run and not in its middle
 
     def due(self, step: int) -> bool:
         """Whether to measure after this step, by the clock of the first process, which is asked where steps are logged."""
         minutes = self.config.evaluate.minutes
         return bool(minutes) and step % self.config.log_every == 0 and first_says(time.monotonic() - self.begun >= 60 * minutes)
 
-    def measure(self, state: TrainState) -> dict[str, float]:
-        """Metrics by `SET/NAME`; all processes have to ask."""
-        model = model_of(on_every_host((state.params, state.batch_stats)), self.config)
+    def measure(self, params: Any, batch_stats: Any) -> dict[str, float]:
+        """Metrics by `SET/NAME`, of a state's parameters and statistics, wherever they lie; all processes have to ask."""
+        model = model_of(on_every_host((params, batch_stats)), self.config)
         if self.encoder is None:
             self.encoder = Encoder(model)
         else:

@@ -126,7 +126,7 @@ class Encoder:
 
     def pixels(self, pixels: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N E"]:
         """Features of what `Preprocess.pixels` made."""
-        return self._batched(self._encode_images, pixels)
+        return self._batched(self._encode_images, pixels, self.batch_size)
 
     def texts(self, texts: Sequence[str], truncate: bool = True) -> Float[np.ndarray, "N E"]:
         """Features of texts; one that is too long loses its end, or is an error."""
@@ -160,19 +160,20 @@ class Encoder:
 
     def _by_length(self, encode: Callable, tokens: Int[np.ndarray, "N T"]) -> Float[np.ndarray, "N E"]:
         if not self.causal:
-            return self._batched(encode, tokens)
+            return self._batched(encode, tokens, self.batch_size)
         lengths = np.array([n for n in LENGTHS if n < tokens.shape[1]] + [tokens.shape[1]])
         own = np.searchsorted(lengths, tokens.argmax(axis=1) + 1)
         features = np.empty((len(tokens), self.config.embedding), np.float32)
         for which in np.unique(own):
             members = np.flatnonzero(own == which)
-            features[members] = self._batched(encode, tokens[members, : lengths[which]])
+            # The smaller batch is for what is left: few shapes to compile, and few rows of padding.
+            features[members] = self._batched(encode, tokens[members, : lengths[which]], self.batch_size // 8)
         return features
 
-    def _batched(self, encode: Callable, rows: np.ndarray) -> Float[np.ndarray, "N E"]:
-        """In batches of two sizes, the smaller one for what is left: few shapes to compile, and few rows of padding."""
+    def _batched(self, encode: Callable, rows: np.ndarray, small: int) -> Float[np.ndarray, "N E"]:
+        """In batches of two sizes, rounded up to a multiple of the devices."""
         devices = self.mesh.devices.size
-        small = -(-max(1, self.batch_size // 8) // devices) * devices
+        small = -(-max(1, small) // devices) * devices
         put = lambda part: jax.make_array_from_callback(part.shape, batch_sharding(self.mesh), part.__getitem__)
         found, start = [], 0
         while start < len(rows):
