@@ -7,14 +7,20 @@ it is measured on some of them and multiplied.  Ours is measured whole, with and
 """
 
 import dataclasses
+import pathlib
 import statistics
 import sys
 import time
 
 import jax
 import numpy as np
-import open_clip
 import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+from parity import torchvision_without_gpu
+
+operators = torchvision_without_gpu()
+import open_clip
 
 from clip_jax.evaluation.classifier import zero_shot_classifier
 from clip_jax.evaluation.encoder import Encoder
