@@ -90,12 +90,12 @@ def main(arguments: list[str]) -> None:
             log.record(number, metrics, health.seconds)
             state = recovery.after(state, metrics)
             stopped = interruption.reached(number)
-            if evaluations.due(number):
-                log.measured_now(evaluations.measure(state.params, state.batch_stats))
             if stopped or number == total or checkpoints.due(number):
                 state = recovery.save(state, batches.get_state(), log.mean_loss(), at_once=stopped or number == total)
             if stopped:
                 break
+            if evaluations.due(number):  # after the save: who asks a run to stop does not wait for this
+                log.measured_now(evaluations.measure(state.params, state.batch_stats))
         checkpoints.close()
     if skipped := health.summary():
         print(skipped)
