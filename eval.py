@@ -10,8 +10,10 @@ A checkpoint is what clip_jax.load takes.  docs/evaluation.md lists tasks, suite
 import json
 import pathlib
 import sys
+from collections.abc import Collection
 
 import clip_jax
+from clip_jax.compilation import keep_compiled
 from clip_jax.config import did_you_mean, parse_command_line
 from clip_jax.distributed import is_first, join
 from clip_jax.errors import UserError, run_program
@@ -24,11 +26,13 @@ from clip_jax.evaluation.sets import is_here
 from clip_jax.evaluation.tasks import SUITES, Measurement
 
 PROBES = ("linear", "knn", "few_shot")
+FEATURES = ("projected", "pooled")  # what probes see: after the projection, or before it
 OPTIONS = {"checkpoint": "", "tasks": "", "suite": "", "data_dir": "", "output": "", "report": "", "probes": "", "cache": ""}
-OPTIONS |= {"batch_size": str(BATCH), "expect": "", "tolerance": "0.1", "distributed": "auto"}
+OPTIONS |= {"probe_features": "projected", "batch_size": str(BATCH), "expect": "", "tolerance": "0.1", "distributed": "auto"}
 
 
 def main(arguments: list[str]) -> None:
+    keep_compiled()
     options, _ = parse_command_line(arguments, OPTIONS)
     if not options["checkpoint"]:
         raise UserError("--checkpoint is missing, expected the workdir of a run, such as --checkpoint=runs/emoji, a file or a name")
@@ -37,6 +41,7 @@ def main(arguments: list[str]) -> None:
         check_name(output)
     batch_size, probes = int_of("batch_size", options), probes_of(options)
     expected = number_of("expect", options) if options["expect"] else None
+    check_choice("probe_features", options["probe_features"], FEATURES)
     join(options["distributed"])
 
     model, _ = clip_jax.load(options["checkpoint"])
@@ -48,6 +53,7 @@ def main(arguments: list[str]) -> None:
         options["data_dir"] or None,
         probes,
         pathlib.Path(options["cache"]) if options["cache"] else None,
+        options["probe_features"] == "pooled",
     )
     records, parts = (done_before(output, options["checkpoint"]) if output and options["suite"] else []), []
     for task in tasks:
@@ -77,8 +83,7 @@ def tasks_of(options: dict[str, str]) -> list[str]:
         raise UserError("--tasks and --suite, expected one of the two")
     if not options["suite"]:
         return [task for task in (options["tasks"] or "emoji").split(",") if task]
-    if options["suite"] not in SUITES:
-        raise UserError(f"--suite={options['suite']}, expected {', '.join(SUITES)}{did_you_mean(options['suite'], SUITES)}")
+    check_choice("suite", options["suite"], SUITES)
     tasks = []
     for task in SUITES[options["suite"]]:
         if task == "emoji" or is_here(task, options["data_dir"] or None):
@@ -93,9 +98,13 @@ def tasks_of(options: dict[str, str]) -> list[str]:
 def probes_of(options: dict[str, str]) -> tuple[str, ...]:
     probes = tuple(filter(None, options["probes"].split(",")))
     for probe in probes:
-        if probe not in PROBES:
-            raise UserError(f"--probes={probe}, expected some of {', '.join(PROBES)}{did_you_mean(probe, PROBES)}")
+        check_choice("probes", probe, PROBES)
     return probes
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise UserError(f"--{name}={value}, expected {', '.join(choices)}{did_you_mean(value, choices)}")
 
 
 def int_of(name: str, options: dict[str, str]) -> int:

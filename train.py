@@ -15,6 +15,7 @@ import sys
 import jax
 
 from clip_jax.checkpoint import Checkpoints
+from clip_jax.compilation import keep_compiled
 from clip_jax.config import parse_command_line, validate
 from clip_jax.data import explain_step, training_batches
 from clip_jax.distributed import check_same_data, errors_on_all, is_first, join, on_every_host, wait_for_all
@@ -23,11 +24,14 @@ from clip_jax.evaluation.during import Evaluations
 from clip_jax.evaluation.encoder import Encoder
 from clip_jax.evaluation.results import format_table, write_results
 from clip_jax.evaluation.tasks import Measurement
-from clip_jax.figures import draw_figures
+from clip_jax.flops import step_flops
 from clip_jax.health import Health, ledger_of
+from clip_jax.initial import trained_state
 from clip_jax.interruption import Interruption
+from clip_jax.lengths import TextsCut, rows_together
 from clip_jax.memory import keep_freed_memory
 from clip_jax.metrics import MetricsLog
+from clip_jax.profile import Profile
 from clip_jax.recovery import Recovery
 from clip_jax.sharding import local_rows, make_mesh, put_batch
 from clip_jax.state import samples_seen, steps_left
@@ -38,6 +42,7 @@ DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "emoji.py"
 
 def main(arguments: list[str]) -> None:
     keep_freed_memory()
+    keep_compiled()
 
     # Configuration
     names = {"config": str(DEFAULT_CONFIG), "workdir": "", "distributed": "auto", "explain-step": ""}
@@ -57,8 +62,9 @@ def main(arguments: list[str]) -> None:
     # Data
     health = Health(ledger_of(workdir), config.data.max_bad)
     with errors_on_all():
-        batches = training_batches(config, local_rows(config.batch_size, mesh), health)
-    check_same_data(len(batches.source.records), batches.source.records.digest())
+        samples = training_batches(config, local_rows(config.batch_size, mesh), health, rows_together(config, mesh))
+    check_same_data(len(samples.source.records), samples.source.records.digest())
+    batches = TextsCut(samples, rows_together(config, mesh))
 
     # Model, loss and step
     init, step, abstract_state = make_train_step(config, mesh)
@@ -69,6 +75,9 @@ def main(arguments: list[str]) -> None:
         state, data_position = checkpoints.restore(abstract_state)
         batches.set_state(data_position)
         say(f"{workdir}: going on after step {int(state.step)}")
+    elif config.initialize:
+        state = trained_state(config, abstract_state)
+        say(f"{workdir}: beginning with the parameters of {config.initialize}")
     else:
         state = init()
 
@@ -78,16 +87,17 @@ def main(arguments: list[str]) -> None:
     total, stopped = start + steps_left(state.seen, config), False
     with (
         Interruption() as interruption,
-        MetricsLog(workdir, start, seen, total, config.batch_size, config.log_every, is_first()) as log,
+        MetricsLog(workdir, start, seen, total, config.batch_size, config.log_every, is_first(), jax.devices()) as log,
         contextlib.closing(batches),
+        Profile(config.profile, workdir, start, total) as profile,
     ):
-        for number in range(start + 1, total + 1):
-            with log.waiting("data"):
+        for number in profile.steps():
+            with log.waiting("data"), profile.waiting("data"):
                 batch = next(batches)
-            with log.waiting("copy"):
+            with log.waiting("copy"), profile.waiting("copy"):
                 batch = put_batch(batch, mesh)
             state, metrics = step(state, batch)
-            log.record(number, metrics, health.seconds)
+            log.record(number, metrics, health.seconds, step_flops(config, batch))
             state = recovery.after(state, metrics)
             stopped = interruption.reached(number)
             if stopped or number == total or checkpoints.due(number):
@@ -103,6 +113,8 @@ def main(arguments: list[str]) -> None:
         raise Stopped(f"{workdir}: stopped after step {number}, saved; the same command goes on")
 
     # Evaluate
+    from clip_jax.figures import draw_figures  # matplotlib takes a second, which no start of training should
+
     model = model_of(on_every_host((state.params, state.batch_stats)), config)
     results, _ = Measurement(Encoder(model), model.config.name, str(workdir)).of("emoji")
     if is_first():

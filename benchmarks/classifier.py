@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from parity import torchvision_without_gpu
 
 operators = torchvision_without_gpu()

@@ -20,10 +20,13 @@ from clip_jax.tokenizer import vocabulary_sha256
 # How batches are made, and not what is in them.
 DATA_EXECUTION = ("threads", "workers", "prefetch", "max_bad", "stall_seconds")
 
+# What the optimizer keeps is of this kind; in checkpoints from before there was a choice, of this one.
+MOMENTS = {"name": "adamw", "mu_dtype": "float32"}
 
-def about_state(state: TrainState, sums: dict[str, int], loss: float) -> dict[str, Any]:
-    """The record of a run's checkpoint: `sums` are its digests, `loss` the mean since the checkpoint before."""
-    return about_arrays(sums) | {
+
+def about_state(state: TrainState, loss: float) -> dict[str, Any]:
+    """The record of a run's checkpoint, but for its digests: `loss` is the mean since the checkpoint before."""
+    return about_arrays() | {
         "tokenizer_sha256": vocabulary_sha256(),
         "step": int(state.step),
         "samples_seen": samples_seen(state.seen),
@@ -32,10 +35,9 @@ def about_state(state: TrainState, sums: dict[str, int], loss: float) -> dict[st
     }
 
 
-def about_arrays(sums: dict[str, int]) -> dict[str, Any]:
-    """What every checkpoint says, also that of a model without a run."""
-    versions = {"clip_jax": clip_jax.__version__, "jax": jax.__version__, "orbax": orbax.checkpoint.__version__}
-    return {"versions": versions, "digests": sums}
+def about_arrays() -> dict[str, Any]:
+    """What every checkpoint says besides its digests, also that of a model without a run."""
+    return {"versions": {"clip_jax": clip_jax.__version__, "jax": jax.__version__, "orbax": orbax.checkpoint.__version__}}
 
 
 def seal(about: dict[str, Any], config: dict[str, Any], data_position: dict | None) -> str:
@@ -80,7 +82,8 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     # A set keeps its name and version; where it is mounted may change.
     data["sets"] = ["/".join(pathlib.PurePath(folder).parts[-2:]) for folder in data["sets"]]
     model = {name: value for name, value in config["model"].items() if name not in EXECUTION}
-    parts = {"model": model, "seed": config["seed"], "loss": {"kind": config["loss"]["kind"]}, "data": data}
+    optimizer = {name: config["optimizer"].get(name, default) for name, default in MOMENTS.items()}
+    parts = {"model": model, "seed": config["seed"], "loss": {"kind": config["loss"]["kind"]}, "optimizer": optimizer, "data": data}
     return _flatten(json.loads(json.dumps(parts)))
 
 

@@ -7,6 +7,7 @@ appears under its name only when it is whole, so a run that is killed while writ
 to it later is found when it is read, by the digests in `about`: then the newest whole one counts.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
@@ -14,7 +15,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -25,11 +26,14 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from clip_jax.about import about_arrays, about_state, check_same_run, seal
-from clip_jax.digest import digests
+from clip_jax.checkpoint_folders import half_written, location, step_folders, workdir_of
+from clip_jax.digest import Digests, digests
 from clip_jax.distributed import all_agree, first_says, is_first, wait_for_all
 from clip_jax.errors import UserError, warn
-from clip_jax.files import filesystem, is_local
+from clip_jax.host_copy import host_copy
 from clip_jax.models import CLIP, CLIPConfig
+from clip_jax.models.blocks import are_stacked, separate, stacked
+from clip_jax.sharding import state_shardings
 from clip_jax.state import TrainState
 from clip_jax.step import abstract_model, split_model
 
@@ -51,8 +55,10 @@ class Checkpoints:
         self.postponed = False
         self.begun = time.monotonic()  # of the time until the next
         if is_first():
-            for half in _half_written(self.folder):
+            for half in half_written(self.folder):
                 warn(f"checkpoint {half}: half-written, removed")
+            self.folder.mkdir(parents=True, exist_ok=True)
+        wait_for_all("the folder of checkpoints is there")
         keep: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(config.checkpoints_kept)]
         if config.milestone_every:
             keep.append(checkpoint_managers.EveryNSteps(config.milestone_every))
@@ -61,22 +67,29 @@ class Checkpoints:
             keep.append(LowestLoss(self.losses))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-            create=True,
+            create=False,
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # reads no file that may be broken
+            enable_async_checkpointing=False,  # all of it is in the writer's thread
+            multiprocessing_options=_writers(),
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+        self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self.written = concurrent.futures.Future()
+        self.written.set_result(None)
+        self.newest, self.digests = self.manager.latest_step(), None
 
     def any(self) -> bool:
         """Whether there is a checkpoint, whole or not; waits for one that is being written; alike on all processes."""
         with self.writing():
-            self.manager.wait_until_finished()
+            self.written.result()
         return first_says(bool(step_folders(self.folder)))  # a shared file system may show others an older folder
 
     def due(self, step: int) -> bool:
         """Whether to save after this step, by its number, by the time, or since it was put off; alike on all processes."""
         with self.writing():
-            self.manager.check_for_errors()
+            if self.written.done():
+                self.written.result()
         config, late = self.config, False
         # Clocks differ, so the first process decides; asking it takes all of them, so not at every step.
         if config.checkpoint_minutes and (jax.process_count() == 1 or step % config.log_every == 0):
@@ -84,8 +97,11 @@ class Checkpoints:
         milestone = config.milestone_every and step % config.milestone_every == 0
         return self.postponed or late or milestone or step % config.checkpoint_every == 0
 
-    def save(self, state: TrainState, data_position: dict, loss: float = math.inf, at_once: bool = False) -> bool:
-        """Starts to write the state after `state.step` steps; training may go on meanwhile.
+    def save(self, state: TrainState, data_position: dict, loss: float = math.inf, at_once: bool = False) -> None:
+        """Starts to write the state after `state.step` steps; training goes on meanwhile, and may donate it.
+
+        What takes time, the digests, the way to the hosts and to the disk, is begun here and waited for by a thread.
+        A state that is not finite is not written, which `finite` tells.
 
         Args:
           state: a state, of which every number has to be finite.
@@ -93,26 +109,35 @@ class Checkpoints:
           loss: the mean since the last checkpoint.
           at_once: also amid skipped steps.  Else it is put off until one is finite: a run that diverged comes back from
             a checkpoint, which should be older than its troubles.
-
-        Returns:
-          False if the state is not finite, and is not saved.
         """
         step = int(state.step)
-        if step == self.manager.latest_step():
-            return True
+        if step == self.newest:
+            return
         self.postponed = int(state.mishaps.skipped_in_a_row) > 0 and not at_once
         if self.postponed:
-            return True
-        sums, finite = digests(state._asdict())
-        if not finite:
-            return False
-        items = _items(state._asdict(), about_state(state, sums, loss), self.config.to_dict(), data_position)
-        if self.config.keep_best:
-            self.losses[step] = loss
+            return
         with self.writing():
-            self.manager.save(step, args=items)
-        self.begun = time.monotonic()
-        return True
+            self.written.result()
+        self.newest, self.begun = step, time.monotonic()
+        self.digests = Digests(state._asdict())
+        about, config = about_state(state, loss), self.config.to_dict()
+        self.written = self.writer.submit(self._write, step, host_copy(state._asdict()), self.digests, about, config, data_position)
+
+    def finite(self) -> bool:
+        """Whether the state that was last given to `save` is finite, and is written; alike on all processes."""
+        digests, self.digests = self.digests, None
+        finite = digests is None or digests.finite()
+        if not finite:
+            self.newest = None
+        return finite
+
+    def _write(self, step: int, state: dict, digests: Digests, about: dict, config: dict, data_position: dict) -> None:
+        """In the writer's thread, where processes wait for each other without their devices, which are at work."""
+        if not digests.finite():
+            return
+        if self.config.keep_best:
+            self.losses[step] = about["loss"]
+        self.manager.save(step, args=_items(state, about | {"digests": digests.by_path()}, config, data_position))
 
     def restore(self, abstract_state: TrainState, good: bool = False) -> tuple[TrainState, dict]:
         """The newest whole state, laid out as `abstract_state` says, and its data position.
@@ -130,9 +155,10 @@ class Checkpoints:
                 check_same_run(checkpoint, config, about, self.config)
                 if good and about["skipped_in_a_row"]:
                     return None
-                state = _restore(checkpoint, state=ocp.args.StandardRestore(abstract_state._asdict())).state
+                there, to_ours = _as_written(abstract_state, about["digests"])
+                state = _restore(checkpoint, state=ocp.args.StandardRestore(there._asdict())).state
             check_digests(state, about["digests"])
-            return TrainState(**state), data_position
+            return to_ours(TrainState(**state)), data_position
 
         found, broken = first_whole(step_folders(self.folder), read)
         if broken:
@@ -144,6 +170,7 @@ class Checkpoints:
                     checkpoint.rename(aside)
             wait_for_all("corrupt checkpoints are set aside")
             self.manager.reload()
+            self.newest = self.manager.latest_step()  # the steps of those set aside will be saved again
         return found
 
     @contextlib.contextmanager
@@ -160,7 +187,28 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything is written."""
         with self.writing():
+            self.written.result()
             self.manager.close()
+        self.writer.shutdown()
+
+
+def _writers() -> ocp.options.MultiprocessingOptions:
+    """All processes, named, so that Orbax waits for them by their coordinator: the devices would mix it up with the steps."""
+    several = jax.process_count() > 1
+    return ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())) if several else None)
+
+
+def _as_written(abstract_state: TrainState, names: Iterable[str]) -> tuple[TrainState, Callable[[TrainState], TrainState]]:
+    """The layout of a checkpoint with arrays of these names, its blocks stacked or not, and the way to that of `abstract_state`."""
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state)]
+    ours, theirs = are_stacked(paths), are_stacked(names)
+    if ours == theirs:
+        return abstract_state, lambda state: state
+    shapes = jax.eval_shape(stacked if theirs else separate, abstract_state)
+    shardings = state_shardings(shapes, abstract_state.step.sharding.mesh)
+    there = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    return there, jax.jit(stacked if ours else separate, out_shardings=placed)
 
 
 @dataclasses.dataclass
@@ -173,36 +221,6 @@ class LowestLoss(checkpoint_managers.PreservationPolicy):
         del context
         best = min((self.losses.get(checkpoint.step, math.inf) for checkpoint in checkpoints), default=math.inf)
         return [best < math.inf and self.losses.get(checkpoint.step) == best for checkpoint in checkpoints]
-
-
-def location(path: str | os.PathLike) -> epath.Path:
-    """An absolute path here, or one in a bucket."""
-    name = os.fspath(path)
-    if is_local(name):
-        return epath.Path(pathlib.Path(name).expanduser().resolve())
-    if not name.startswith("gs://"):
-        raise UserError(
-            f"{name}: checkpoints are read and written here, on a file system that all hosts share, or at gs://BUCKET/PATH; "
-            f"Orbax, which does it, knows no {name.partition('://')[0]}://; docs/endurance.md says what to do"
-        )
-    filesystem(name)  # whose library may be missing
-    return epath.Path(name)
-
-
-def step_folders(folder: epath.Path) -> list[epath.Path]:
-    """The folders of checkpoints that were written to their end, the newest first, whole or not."""
-    steps = [path for path in _listed(folder) if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)]
-    return sorted(steps, key=lambda path: int(path.name), reverse=True)
-
-
-def _half_written(folder: epath.Path) -> list[epath.Path]:
-    """Folders that have another name until they are whole, or in a bucket no mark yet that they are."""
-    found = [path for path in _listed(folder) if path.name.isdigit() or ".orbax-checkpoint-tmp" in path.name]
-    return sorted(path for path in found if not ocp.utils.is_checkpoint_finalized(path))
-
-
-def _listed(folder: epath.Path) -> list[epath.Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def first_whole(
@@ -234,7 +252,7 @@ def first_whole(
 
 def check_digests(tree: Any, expected: dict[str, int]) -> None:
     """Compares arrays with the digests with which they were saved."""
-    found, _ = digests(tree)
+    found = digests(tree)
     changed = [name for name, value in found.items() if expected.get(name) != value]
     if changed:
         raise NotWhole(f"array {changed[0]} is not what was written, nor {len(changed) - 1} others")
@@ -289,18 +307,22 @@ def load_config(path: str | os.PathLike) -> CLIPConfig:
 def _read_model(checkpoint: epath.Path) -> tuple[CLIP, dict]:
     about, config, _ = _read_records(checkpoint)
     graphdef, params, batch_stats = split_model(abstract_model(CLIPConfig.from_dict(config["model"])))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
         {"params": params, "batch_stats": batch_stats},
     )
     # The optimizer's moments, two thirds of the bytes, stay on disk.
+    if are_stacked(about["digests"]):
+        abstract["params"] = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(stacked, abstract["params"])
+        )
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
     state = _restore(
         checkpoint, state=ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
     ).state
     check_digests(state, about["digests"])
-    return nnx.merge(graphdef, state["params"], state["batch_stats"]), config
+    return nnx.merge(graphdef, separate(state["params"]), state["batch_stats"]), config
 
 
 def _meant(path: str | os.PathLike) -> list[epath.Path]:
@@ -350,16 +372,10 @@ def _restore(checkpoint: epath.Path, **items: ocp.args.CheckpointArgs) -> ocp.ar
         return reader.restore(checkpoint, args=ocp.args.Composite(**items))
 
 
-def workdir_of(folder: epath.Path) -> epath.Path:
-    """The workdir of a path that is one, or its folder `checkpoints`, or a step in there."""
-    checkpoints = folder.parent if folder.name.isdigit() else folder
-    return checkpoints.parent if checkpoints.name == "checkpoints" else folder
-
-
 def save_model(folder: str | pathlib.Path, model: CLIP) -> None:
     """Writes a model without a run, as the checkpoint of step 0, for `load_model`."""
     _, params, batch_stats = split_model(model)
     with ocp.CheckpointManager(pathlib.Path(folder).resolve() / "checkpoints", item_names=ITEMS) as manager:
         state = {"params": params, "batch_stats": batch_stats}
-        about, config = about_arrays(digests(state)[0]), {"model": model.config.to_dict()}
+        about, config = about_arrays() | {"digests": digests(state)}, {"model": model.config.to_dict()}
         manager.save(0, args=_items(state, about, config, None))

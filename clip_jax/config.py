@@ -31,6 +31,7 @@ def default_config() -> ConfigDict:
             # same schedule by the samples that it has seen, and ends after as many.
             "total_steps": 10_000,
             "log_every": 50,  # steps
+            "profile": False,  # trace a few steps, and tell where their time goes (docs/profiling.md)
             # Where checkpoints are if not in the workdir: gs://BUCKET/PATH.  The workdir need not be shared then.
             "bucket": "",
             # One is saved every so many steps, and so long after the one before; 0: by steps alone.
@@ -45,6 +46,9 @@ def default_config() -> ConfigDict:
             # Every so many minutes the model is measured on these tasks of eval.py, on all devices; 0: never.
             "evaluate": {"minutes": 0.0, "tasks": ("emoji",), "data_dir": ""},
             "model": architecture("ViT-B/32"),
+            # Whose parameters a run begins with, in place of random ones: the workdir of another run, a file or a name, as
+            # clip_jax.load takes them.  Only the image size and the context length may differ (initial.py).
+            "initialize": "",
             "loss": {
                 "kind": "softmax",  # or "sigmoid", for a model with a logit_bias
                 "form": "auto",  # "plain" holds the similarity matrix, "ring" a block of it (losses.py)
@@ -56,13 +60,15 @@ def default_config() -> ConfigDict:
             # Devices along each axis; -1: all that are left.  A batch is split over data and fsdp, parameters and
             # optimizer over fsdp and tensor (sharding.py).
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "optimizer": {  # AdamW; the defaults are open_clip's
+            "optimizer": {  # the defaults are open_clip's
+                "name": "adamw",  # or "lion", "lamb", "sgd" (optimizer.py)
                 "learning_rate": 5e-4,  # at the end of warm-up
                 "warmup_steps": 500,
                 "weight_decay": 0.2,  # not of gains, biases and logit_scale
                 "b1": 0.9,
-                "b2": 0.98,
-                "eps": 1e-6,
+                "b2": 0.98,  # sgd has none
+                "eps": 1e-6,  # of adamw and lamb
+                "mu_dtype": "float32",  # of the first moment as it is kept; "bfloat16" takes half of its memory
                 "gradient_clip": 1.0,  # global norm
             },
             "data": {
@@ -210,10 +216,15 @@ def validate(config: ConfigDict) -> None:
             f"'openai' and config.model.text.vocabulary_size to {VOCABULARY_SIZE}, or take another architecture"
         )
     kind, bias = config.loss.kind, config.model.initial_logit_bias
-    for name, choices in (("kind", ("softmax", "sigmoid")), ("form", ("auto", "plain", "ring"))):
-        if config.loss[name] not in choices:
-            found = config.loss[name]
-            raise UserError(f"config.loss.{name} is {found!r}, expected {', '.join(choices)}{did_you_mean(found, choices)}")
+    for group, name, choices in (
+        ("loss", "kind", ("softmax", "sigmoid")),
+        ("loss", "form", ("auto", "plain", "ring")),
+        ("optimizer", "name", ("adamw", "lion", "lamb", "sgd")),
+        ("optimizer", "mu_dtype", ("float32", "bfloat16")),
+    ):
+        found = config[group][name]
+        if found not in choices:
+            raise UserError(f"config.{group}.{name} is {found!r}, expected {', '.join(choices)}{did_you_mean(found, choices)}")
     if kind == "softmax" and bias is not None:
         raise UserError(
             f"config.model.initial_logit_bias is {bias}, and the softmax loss has no bias; "

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from clip_jax import augment
 from clip_jax.errors import BadSample, UserError
 from clip_jax.health import Health, Report
+from clip_jax.lengths import by_length
 from clip_jax.order import Order
 from clip_jax.prefetch import made_ahead
 from clip_jax.records import Place, Record, Records, missing_field, open_records
@@ -87,11 +88,12 @@ def texts(value: Any) -> list[str]:
 class TrainingBatches:
     """Random access to the endless batches of a run; or to some rows of each, on one of several hosts."""
 
-    def __init__(self, config: ConfigDict, rows: Sequence[int] | None = None, position: int = 0):
-        """Batch 0 begins at `position` of the order."""
+    def __init__(self, config: ConfigDict, rows: Sequence[int] | None = None, position: int = 0, together: int = 1):
+        """Batch 0 begins at `position` of the order.  Every `together` rows come in the order of their captions' lengths."""
         data = config.data
         self.data = types.SimpleNamespace(**data.to_dict())  # which is faster to read than a ConfigDict
         self.seed, self.batch_size, self.position = config.seed, config.batch_size, position
+        self.together = together
         self.rows = list(range(self.batch_size) if rows is None else rows)
         self.strength = augment.Augmentation(**data.augment)
         self.image_size = config.model.vision.image_size
@@ -119,7 +121,7 @@ class TrainingBatches:
         return 2**62  # Grain wants to know; a run ends by its number of steps.
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """A batch: `image` uint8 [B, S, S, 3], `tokens` int32 [B, T], and a `report` of how it came about.
+        """A batch: `image` uint8 [B, S, S, 3], `tokens` int32 [B, T], `place` int32 [B], the rows, and a `report` of how it came about.
 
         Random numbers are drawn for the rows of all hosts, so that each row has its own on any number of them.
         """
@@ -130,13 +132,14 @@ class TrainingBatches:
         report = Report(seen=len(self.rows))
         samples = self._samples(start, member, report)
         started = time.perf_counter()
-        view = lambda sample, draws: augment.augment(sample.picture, self.image_size, self.strength, draws)
-        pixels = np.stack(self._map(view, samples, views))
         captions = [self._caption(sample, draws.tolist()) for sample, draws in zip(samples, caption)]
         # As OpenAI trained: a caption that is too long loses its end, and keeps its EOT.
         tokens = tokenize(captions, self.context_length, truncate=True)
+        order = by_length(tokens, self.together)
+        view = lambda row: augment.augment(samples[row].picture, self.image_size, self.strength, views[row])
+        pixels = np.stack(self._map(view, order))
         report.seconds["decode"] += time.perf_counter() - started
-        return {"image": pixels, "tokens": tokens, "report": report}
+        return {"image": pixels, "tokens": tokens[order], "place": np.array(self.rows, np.int32)[order], "report": report}
 
     def start_of(self, number: int) -> int:
         """The position at which a batch begins."""
@@ -299,11 +302,11 @@ def explain_step(config: ConfigDict, step: str) -> str:
 
 
 class Batches:
-    """Endless batches: `image` uint8 [B, S, S, 3] and `tokens` int32 [B, T], made ahead of time."""
+    """Endless batches, as TrainingBatches has them, made ahead of time."""
 
-    def __init__(self, config: ConfigDict, rows: Sequence[int] | None, health: Health):
+    def __init__(self, config: ConfigDict, rows: Sequence[int] | None, health: Health, together: int):
         self.config, self.rows, self.health = config, rows, health
-        self.source = TrainingBatches(config, rows)
+        self.source = TrainingBatches(config, rows, together=together)
         health.broken(self.source.records.broken)
         self.iterator = None
         self.watchdog = Watchdog(self._reading, config.data.stall_seconds)
@@ -359,6 +362,8 @@ class Batches:
         self._go_on(int(state["position"]))
 
 
-def training_batches(config: ConfigDict, rows: Sequence[int] | None = None, health: Health | None = None) -> Batches:
+def training_batches(
+    config: ConfigDict, rows: Sequence[int] | None = None, health: Health | None = None, together: int = 1
+) -> Batches:
     """Endless batches, or these `rows` of each, with `get_state()` and `set_state()`."""
-    return Batches(config, rows, health or Health(None, config.data.max_bad))
+    return Batches(config, rows, health or Health(None, config.data.max_bad), together)

@@ -5,13 +5,16 @@ its part of the arrays and writes its part of the checkpoints; the first one wri
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Int32
 
 from clip_jax.errors import UserError
 
@@ -81,6 +84,23 @@ def all_agree(yes: bool) -> bool:
 def first_says(yes: bool) -> bool:
     """What the first process says, on all of them; each has to ask."""
     return yes if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(yes)))
+
+
+def largest_on_all(numbers: Int32[np.ndarray, "N"]) -> Callable[[], Int32[np.ndarray, "N"]]:
+    """The largest of each over all processes; each has to ask.  Devices compare them when they come to it, and the result waits for that."""
+    if jax.process_count() == 1:
+        return lambda: numbers
+    sharding, largest = _largest()
+    rows = np.tile(numbers, (jax.local_device_count(), 1))
+    found = largest(jax.make_array_from_process_local_data(sharding, rows))
+    return lambda: np.asarray(found.addressable_data(0))
+
+
+@functools.cache
+def _largest() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    everyone = jax.make_mesh((len(jax.devices()),), ("device",), axis_types=(AxisType.Auto,))
+    largest = jax.jit(lambda rows: rows.max(axis=0), out_shardings=NamedSharding(everyone, PartitionSpec()))
+    return NamedSharding(everyone, PartitionSpec("device")), largest
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ bytes, a quarter of its float32 size.
 
 import dataclasses
 import io
-import re
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np

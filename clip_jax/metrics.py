@@ -7,33 +7,44 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import tensorboardX
 import tqdm
 
 from clip_jax.errors import UserError
+from clip_jax.flops import peak_flops
 
 
 class MetricsLog:
     """The records of a run in its workdir.
 
     A logged step has `step`, `samples_seen`, `loss` (of that step), `lr`, and since the last logged step
-    `samples_per_second`, `data_wait` and `copy_wait` (shares of the time, 0 to 1, without a batch and on its way to the
-    devices) and the `bottleneck`: read, decode, host-to-device or compute; and what else the step measures.  A number that
-    is not finite is null.  Of several processes one `writes`.
+    `samples_per_second`, `samples_per_second_per_device` and `tflops_per_device`, of a device's model FLOPs, and where its peak is
+    known `mfu`, the share of that (0 to 1; flops.py has both); `data_wait` and `copy_wait` (shares
+    of the time, 0 to 1, without a batch and on its way to the devices) and the `bottleneck`: read, decode, host-to-device or
+    compute; and what else the step measures.  A number that is not finite is null.  Of several processes one `writes`.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, start: int, seen: int, total: int, batch_size: int, log_every: int, writes: bool
+        self,
+        workdir: pathlib.Path,
+        start: int,
+        seen: int,
+        total: int,
+        batch_size: int,
+        log_every: int,
+        writes: bool,
+        devices: Sequence[jax.Device],
     ):
-        """A log from step `start`, before which `seen` samples were seen, to step `total`."""
+        """A log from step `start`, before which `seen` samples were seen, to step `total`, of all `devices` that take them."""
         self.batch_size, self.log_every, self.total, self.writes = batch_size, log_every, total, writes
+        self.devices, self.peak = len(devices), peak_flops(devices[0])
         self.in_flight, self.losses = None, []
         self.seen_before_first = seen - start * batch_size
         self.waited, self.made = collections.Counter(), collections.Counter()
-        self.since, self.since_step = time.perf_counter(), start
+        self.since, self.since_step, self.last_step, self.flops = time.perf_counter(), start, start, 0.0
         self.measured: dict[str, float] = {}
         if not writes:
             return
@@ -65,16 +76,18 @@ class MetricsLog:
         yield
         self.waited[what] += time.perf_counter() - start
 
-    def record(self, step: int, metrics: dict[str, jax.Array], making: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: dict[str, jax.Array], making: Mapping[str, float], flops: float) -> None:
         """Takes the metrics of the step just started; writes them down if it is one to log.
 
         Args:
           making: seconds that it took so far to "read" and to "decode" what the batches are made of.
+          flops: model FLOPs of this step on all devices, which vary with the length of the texts.
         """
         # One step may be under way while the next batch is made; further ahead the times would lie.
         jax.block_until_ready(self.in_flight)
         self._keep_loss()
         self.in_flight = metrics
+        self.last_step, self.flops = step, self.flops + flops
         if not self.writes:
             return
         self.bar.update()
@@ -82,12 +95,17 @@ class MetricsLog:
             return
         values = {name: value.item() for name, value in metrics.items()}
         elapsed = time.perf_counter() - self.since
+        samples_per_second = (step - self.since_step) * self.batch_size / elapsed
+        flops_per_device = self.flops / elapsed / self.devices
         record = {
             "step": step,
             "samples_seen": self.seen_before_first + step * self.batch_size,
             "loss": values.pop("loss"),
             "lr": values.pop("lr"),
-            "samples_per_second": (step - self.since_step) * self.batch_size / elapsed,
+            "samples_per_second": samples_per_second,
+            "samples_per_second_per_device": samples_per_second / self.devices,
+            "tflops_per_device": flops_per_device / 1e12,
+            **({"mfu": flops_per_device / self.peak} if self.peak else {}),
             "data_wait": self.waited["data"] / elapsed,
             "copy_wait": self.waited["copy"] / elapsed,
             **values,
@@ -96,7 +114,7 @@ class MetricsLog:
         self.measured = {}
         bottleneck = _bottleneck(record["data_wait"], record["copy_wait"], collections.Counter(making) - self.made)
         self.waited, self.made = collections.Counter(), collections.Counter(making)
-        self.since, self.since_step = time.perf_counter(), step
+        self.since, self.since_step, self.flops = time.perf_counter(), step, 0.0
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         try:
             with self.file.open("a") as file:
@@ -109,16 +127,23 @@ class MetricsLog:
         for name, value in record.items():
             if name != "step":
                 self.events.add_scalar(name, value, step)
+        speed = f"{samples_per_second:.0f} samples/s"
+        if self.devices > 1:
+            speed += f", {samples_per_second / self.devices:.0f} a device"
+        if self.peak:
+            speed += f", MFU {record['mfu']:.1%}"
         self.bar.set_postfix_str(
-            f"loss {record['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
-            f"{record['samples_per_second']:.0f} samples/s, data wait {record['data_wait']:.0%}, bottleneck {bottleneck}",
+            f"loss {record['loss']:.3f} (chance {math.log(self.batch_size):.2f}), {speed}, "
+            f"data wait {record['data_wait']:.0%}, bottleneck {bottleneck}",
             refresh=False,
         )
 
     def measured_now(self, metrics: Mapping[str, float]) -> None:
         """Metrics of an evaluation, which go with the next step that is logged; the time that it took is no step's."""
         self.measured = dict(metrics)
-        self.since, self.waited = time.perf_counter(), collections.Counter()
+        # The steps before it go with their time, or those after it would seem to have made them too.
+        self.since, self.since_step, self.flops = time.perf_counter(), self.last_step, 0.0
+        self.waited = collections.Counter()
 
     def mean_loss(self) -> float:
         """The mean loss of the steps since this was last asked, without those skipped; infinite if all were."""

@@ -145,7 +145,8 @@ def make_plan(config: Any, devices: list[Any], chip: Chip) -> Plan:
     side, length = config.model.vision.image_size, config.model.text.context_length
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, side, side, 3), np.uint8),
-        "tokens": jax.ShapeDtypeStruct((config.batch_size, length), np.int32),
+        "tokens": jax.ShapeDtypeStruct((config.batch_size, length), np.int32),  # not cut: the most that a batch may have
+        "place": jax.ShapeDtypeStruct((config.batch_size,), np.int32),
     }
     lowered = step.lower(state, batch)
     try:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from clip_jax.checkpoint import load_config, load_model, location, workdir_of
+from clip_jax.checkpoint import load_config, load_model
+from clip_jax.checkpoint_folders import location, workdir_of
 from clip_jax.config import did_you_mean
 from clip_jax.errors import UserError
 from clip_jax.files import is_local

@@ -9,6 +9,8 @@ from clip_jax.errors import UserError, warn
 from clip_jax.state import TrainState
 from clip_jax.step import Metrics
 
+NOT_FINITE = "parameters or optimizer are not finite"
+
 
 class Recovery:
     """Watches the skipped steps of a run.
@@ -21,18 +23,19 @@ class Recovery:
         self.in_a_row = state.mishaps.skipped_in_a_row + 0  # a copy: the state is donated to the next step
 
     def after(self, state: TrainState, metrics: Metrics) -> TrainState:
-        """The state after a step; a rolled-back one if those before it were skipped too often in a row."""
+        """The state after a step; a rolled-back one if those before it were skipped too often in a row, or one was not finite."""
+        if not self.checkpoints.finite():
+            return self.roll_back(state, NOT_FINITE)
         in_a_row, self.in_a_row = int(self.in_a_row), metrics["skipped_in_a_row"]
         if in_a_row < self.limits.in_a_row:
             return state
         return self.roll_back(state, f"{in_a_row} steps in a row had a loss or a gradient that is not finite")
 
     def save(self, state: TrainState, data_position: dict, loss: float, at_once: bool) -> TrainState:
-        """Saves a state, as `Checkpoints.save` does; one that is not finite is rolled back, and saved if `at_once`."""
-        if self.checkpoints.save(state, data_position, loss, at_once):
-            return state
-        state = self.roll_back(state, "parameters or optimizer are not finite")
-        if at_once:
+        """Saves a state, as `Checkpoints.save` does; one that is not finite is rolled back: `at_once`, and saved, or after the next step."""
+        self.checkpoints.save(state, data_position, loss, at_once)
+        if at_once and not self.checkpoints.finite():
+            state = self.roll_back(state, NOT_FINITE)
             self.checkpoints.save(state, data_position, loss, at_once)
         return state
 

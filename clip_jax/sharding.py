@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -90,6 +90,8 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
         elif rule is None:
             largest = max((axis for axis in range(array.ndim) if divides("fsdp", axis)), key=array.shape.__getitem__, default=-1)
             rule = ["fsdp" if axis == largest else None for axis in range(array.ndim)]
+        elif array.ndim == len(rule) + 1:  # stacked blocks
+            rule = (None, *rule)
         spec = (mesh_axis if mesh_axis and divides(mesh_axis, axis) else None for axis, mesh_axis in enumerate(rule))
         return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -111,8 +113,14 @@ def from_microbatches(array: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, batch_sharding(mesh))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def in_turns_of_devices(arrays: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
+    """Arrays along the batch as one, in which each device has its rows of all of them, so that nothing is sent."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    rest = arrays[0].shape[1:]
+    joined = jnp.concatenate([array.reshape(parts, -1, *rest) for array in arrays], axis=1)
+    return jax.lax.with_sharding_constraint(joined.reshape(-1, *rest), batch_sharding(mesh))
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
     """The `local_rows` of a batch, as part of the global one on the devices."""
-    return {
-        name: jax.make_array_from_process_local_data(batch_sharding(mesh), array) for name, array in batch.items()
-    }
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(batch_sharding(mesh), array), batch)

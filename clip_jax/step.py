@@ -12,20 +12,23 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from clip_jax.config import model_config
 from clip_jax.images import normalize
+from clip_jax.lengths import put_together
 from clip_jax.losses import PLAIN_BYTES, clip_loss, predicted_bytes, ring_clip_loss, ring_siglip_loss, siglip_loss
 from clip_jax.models import CLIP, CLIPConfig
+from clip_jax.models.blocks import separate, stacked
 from clip_jax.models.clip import MAX_LOGIT_SCALE
 from clip_jax.models.vit import draw_patches
 from clip_jax.optimizer import make_optimizer, make_schedule
 from clip_jax.sharding import BATCH, activations_on, batch_sharding, from_microbatches, in_microbatches, state_shardings
 from clip_jax.state import Mishaps, Params, TrainState, after_batch, first_state, schedule_position
 
-Batch = dict[str, UInt8[Array, "B H W 3"] | Int[Array, "B T"]]
+# `image`; `tokens`, whole or in parts (lengths.py); and with patch dropout `place`, the row in the order of the data.
+Batch = dict[str, UInt8[Array, "B H W 3"] | Int[Array, "B T"] | tuple[Int[Array, "_ _"], ...] | Int[Array, "B"]]
 Metrics = dict[str, Float[Array, ""] | Int[Array, ""]]
 Features = tuple[Float[Array, "B E"], Float[Array, "B E"]]  # of images and texts, of length one
 Loss = Callable[[Features, Params], Float[Array, ""]]
@@ -37,6 +40,7 @@ def train_step(
     schedule: optax.Schedule,
     gradients_of: Callable[[Callable, Params, Batch], tuple[Float[Array, ""], Params, Params]],
     draw: Callable[[Int[Array, ""], Batch], Batch],
+    mesh: Mesh,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
@@ -47,11 +51,12 @@ def train_step(
 
     def encode(params: Params, batch: Batch) -> tuple[Features, Params]:
         """Features of images and texts, and BatchNorm's new statistics."""
-        model = nnx.merge(graphdef, params, state.batch_stats)
+        model = nnx.merge(graphdef, separate(params), state.batch_stats)
         model.train()
         images = normalize(batch["image"], model.config.image_mean, model.config.image_std)
         image_features = model.encode_image(images, normalize=True, kept_patches=batch.get("patches"))
-        text_features = model.encode_text(batch["tokens"], normalize=True)
+        parts = [model.encode_text(tokens, normalize=True) for tokens in jax.tree.leaves(batch["tokens"])]
+        text_features = put_together(parts, mesh)
         return (image_features, text_features), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     loss, gradients, batch_stats = gradients_of(encode, state.params, draw(state.step, batch))
@@ -80,7 +85,7 @@ def train_step(
     }
     if "logit_bias" in params:
         metrics["logit_bias"] = params["logit_bias"]
-    seen = after_batch(state.seen, len(batch["tokens"]))
+    seen = after_batch(state.seen, len(batch["image"]))
     return TrainState(state.step + 1, seen, mishaps, params, batch_stats, optimizer_state), metrics
 
 
@@ -147,7 +152,7 @@ def drawn_patches(config: ConfigDict, step: Int[Array, ""], batch: Batch) -> Bat
         return batch
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     patches = config.model.vision.image_size // config.model.vision.patch_size
-    return batch | {"patches": draw_patches(key, jnp.arange(config.batch_size), patches**2, config.patch_dropout)}
+    return batch | {"patches": draw_patches(key, batch["place"], patches**2, config.patch_dropout)}
 
 
 def split_model(model: CLIP) -> tuple[nnx.GraphDef, Params, Params]:
@@ -156,34 +161,37 @@ def split_model(model: CLIP) -> tuple[nnx.GraphDef, Params, Params]:
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
 
-class _OneKey(nnx.Rngs):
-    """Draws the same key again and again: enough for shapes.
+class Draws(nnx.Rngs):
+    """The keys of `nnx.Rngs(seed)`, counted in Python.
 
-    A true `nnx.Rngs` counts its draws in a variable, whose tracing takes time that grows with the
-    square of the number of layers, and twenty seconds for the largest models.
+    Flax counts in a variable, whose tracing takes time that grows with the square of the number of
+    layers, and minutes for the largest models.
     """
 
-    def __init__(self):
-        self.key = jax.random.key(0)
+    def __init__(self, seed: int):
+        self.key, self.drawn = jax.random.key(seed), 0
 
-    def params(self) -> jax.Array:
-        return self.key
+    def params(self) -> Key[Array, ""]:
+        self.drawn += 1
+        return jax.random.fold_in(self.key, self.drawn - 1)
 
 
 def abstract_model(config: CLIPConfig) -> CLIP:
     """A model of shapes without values."""
-    return nnx.eval_shape(lambda: CLIP(config, rngs=_OneKey()))
+    return nnx.eval_shape(lambda: CLIP(config, rngs=Draws(0)))
 
 
 def init_state(config: ConfigDict) -> TrainState:
     """The state before the first step, from `config.seed`."""
-    _, params, batch_stats = split_model(CLIP(model_config(config), rngs=nnx.Rngs(config.seed)))
+    _, params, batch_stats = split_model(CLIP(model_config(config), rngs=Draws(config.seed)))
+    params = stacked(params) if config.model.scan_layers else params
     return first_state(params, batch_stats, make_optimizer(config).init(params), config.batch_size)
 
 
 def model_of(arrays: tuple[Params, Params], config: ConfigDict) -> CLIP:
-    """The model with these parameters and running statistics."""
-    return nnx.merge(nnx.graphdef(abstract_model(model_config(config))), *arrays)
+    """The model with these parameters and running statistics of a state."""
+    params, batch_stats = arrays
+    return nnx.merge(nnx.graphdef(abstract_model(model_config(config))), separate(params), batch_stats)
 
 
 def make_train_step(config: ConfigDict, mesh: Mesh):
@@ -207,7 +215,7 @@ def make_train_step(config: ConfigDict, mesh: Mesh):
 
     def on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with activations_on(mesh):
-            return train_step(graphdef, make_optimizer(config), make_schedule(config), gradients_of, draw, state, batch)
+            return train_step(graphdef, make_optimizer(config), make_schedule(config), gradients_of, draw, mesh, state, batch)
 
     on_mesh.__name__ = "train_step"  # as it is called in logs and profiles
     step = jax.jit(

@@ -24,6 +24,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The annotations of shapes and types are checked at every call.
 jaxtyping.install_import_hook("clip_jax", "beartype.beartype")
 
+# The files that take longest are begun first, so that in the end neither process is left alone with one.
+LONGEST = ("test_train", "test_survival", "test_distributed", "test_step", "test_lengths", "test_blocks", "test_bucket", "test_checkpoint")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def pytest_configure(config):
     """What one of the processes compiled, those of the tests and those that they start, the others need not."""
     if "PYTEST_XDIST_WORKER" not in os.environ:

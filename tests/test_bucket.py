@@ -11,7 +11,8 @@ from test_checkpoint import equal
 from test_endurance import VIT, Run, config
 
 import clip_jax
-from clip_jax.checkpoint import Checkpoints, load_model, step_folders
+from clip_jax.checkpoint import Checkpoints, load_model
+from clip_jax.checkpoint_folders import step_folders
 from clip_jax.data import TrainingBatches
 from clip_jax.errors import UserError
 from clip_jax.records import open_records

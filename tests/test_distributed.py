@@ -21,6 +21,8 @@ SMALL = ["--config.batch_size=64", f"--config.total_steps={STEPS}", "--config.op
 # At a low rate, or rounding errors would grow tenfold every other step.
 SMALL += ["--config.model.text.width=32", "--config.model.text.heads=1", "--config.model.embedding=32"]
 SMALL += ["--config.model.vision.channels=(8, 16)"]
+# Captions of lengths about which the processes have to agree (lengths.py).
+SMALL += ["--config.model.text.context_length=40", "--config.data.keyword_rate=0.5"]
 SMALL += ["--config.log_every=1", "--config.checkpoint_every=6", "--config.optimizer.learning_rate=5e-5"]
 
 

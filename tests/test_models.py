@@ -9,7 +9,14 @@ from flax import nnx
 
 from clip_jax.errors import UserError
 from clip_jax.models import ARCHITECTURES, CLIP, CLIPConfig
-from clip_jax.models.architectures import ResNetConfig, SigLIPTextConfig, SigLIPViTConfig, TextConfig, ViTConfig
+from clip_jax.models.architectures import (
+    ResNetConfig,
+    SigLIPTextConfig,
+    SigLIPViTConfig,
+    SmallResNetConfig,
+    TextConfig,
+    ViTConfig,
+)
 from clip_jax.models.convolution import InstanceBatchNorm, batch_norm
 from clip_jax.models.transformer import Transformer
 from clip_jax.pytorch import layouts
@@ -149,6 +156,30 @@ def test_logits_are_scaled_cosines_and_symmetric(golden_towers):
     expected *= np.exp(np.float32(golden_towers["vit/weights/logit_scale"]))
     assert relative_error(per_image, expected) < 6.2e-6  # measured 2.1e-6
     assert (per_text == per_image.T).all()
+
+
+SIGLIP = CLIPConfig("siglip", 64, SigLIPViTConfig(32, 8, width=64, layers=2, heads=2), TEXT, dtype="float32")
+SMALL = CLIPConfig("small", 24, SmallResNetConfig(32, (16, 32, 64)), TEXT, dtype="float32")
+
+
+@pytest.mark.parametrize("config", [*GOLDEN.values(), SIGLIP, SMALL], ids=lambda config: config.name)
+def test_pooled_features_are_what_is_projected(config):
+    model = CLIP(config, rngs=nnx.Rngs(0))
+    model.eval()
+    images = np.random.default_rng(0).normal(size=(5, 32, 32, 3)).astype(np.float32)
+    images = np.tile(images, (1, 2, 2, 1)) if isinstance(config.vision, ResNetConfig) else images
+    pooled, features = model.pooled_image(images), model.encode_image(images)
+    match config.vision:
+        case SigLIPViTConfig():
+            projected = pooled
+        case ViTConfig():
+            projected = pooled @ model.vision.projection[...]
+        case ResNetConfig():
+            projected = model.vision.pool.out(pooled)
+        case _:
+            projected = model.vision.projection(pooled)
+    np.testing.assert_array_equal(projected, features)
+    assert pooled.dtype == np.float32 and float(jnp.std(features)) > 0.01
 
 
 def test_text_is_causal_by_gradient(golden_towers):

@@ -42,6 +42,7 @@ def test_every_set_has_names_and_templates_that_can_be_filled():
     published = {"cifar10": 10, "cifar100": 100, "food101": 101, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "cars196": 196}
     published |= {"dtd": 47, "eurosat": 10, "caltech101": 102, "stl10": 10, "sun397": 397, "mnist": 10, "svhn_cropped": 10}
     published |= {"resisc45": 45, "gtsrb": 43, "country211": 211, "fer2013": 7, "patch_camelyon": 2, "clevr_count_all": 8}
+    published |= {"fgvc_aircraft": 100, "voc2007": 20, "hateful_memes": 2}
     assert {name: counts[name] for name in published} == published
     for name in names.known_names():
         found = names.class_names(name)

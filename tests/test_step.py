@@ -36,7 +36,8 @@ def batch(step: int, size: int = 16) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(step)
     tokens = rng.integers(1, 126, (size, 8)).astype(np.int32)
     tokens[:, 5:] = [127, 0, 0]
-    return {"image": rng.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8), "tokens": tokens}
+    images = rng.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8)
+    return {"image": images, "tokens": tokens, "place": np.arange(size, dtype=np.int32)}
 
 
 def losses(c, devices, steps: int = 5) -> list[float]:

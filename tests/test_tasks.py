@@ -75,6 +75,20 @@ def test_a_folder_of_classes_with_probes_in_every_format(checkpoint, colors, tmp
     assert (tmp_path / "r.html").read_text().count("<img") >= 20
 
 
+def test_probes_see_what_they_are_asked_to(checkpoint, colors, tmp_path, capsys):
+    import clip_jax
+
+    model, _ = clip_jax.load(checkpoint)
+    arguments = (f"--checkpoint={checkpoint}", f"--tasks={colors}", "--probes=knn", f"--cache={tmp_path}")
+    run(capsys, *arguments)
+    assert len(list(tmp_path.iterdir())) == 2
+    table, _ = run(capsys, *arguments, "--probe_features=pooled")
+    widths = sorted(np.load(file).shape[1] for file in tmp_path.iterdir())
+    assert "knn_acc1" in table and widths == sorted(2 * [model.config.embedding] + 2 * [model.vision.projection.kernel.shape[0]])
+    for file in tmp_path.iterdir():
+        np.testing.assert_allclose(np.linalg.norm(np.load(file), axis=1), 1, atol=1.8e-7)  # measured 6e-8
+
+
 def test_features_are_kept_and_are_of_these_pictures_and_weights(checkpoint, colors, tmp_path):
     import clip_jax
 
@@ -132,7 +146,8 @@ def test_published_values_stand_beside_those_of_the_same_weights():
         (["--tasks=emoji"], "--checkpoint is missing"),
         (["--checkpoint=x", "--tasks=emoji", "--suite=all"], "--tasks and --suite, expected one of the two"),
         (["--checkpoint=x", "--suite=vtab"], "--suite=vtab, expected emoji, vtab.*did you mean vtab"),
-        (["--checkpoint=x", "--probes=linaer"], "--probes=linaer, expected some of .*did you mean linear"),
+        (["--checkpoint=x", "--probes=linaer"], "--probes=linaer, expected linear, knn, few_shot; did you mean linear"),
+        (["--checkpoint=x", "--probe_features=poled"], "--probe_features=poled, expected projected, pooled; did you mean pooled"),
         (["--checkpoint=x", "--output=r.txt"], "--output=r.txt: expected a name that ends in .json, .jsonl, .csv"),
         (["--checkpoint=x", "--batch_size=0"], "--batch_size=0, expected a whole number from 1"),
         (["--checkpoint=x", "--expect=high"], "--expect=high, expected a number, in percent"),

@@ -50,6 +50,9 @@ def test_a_run_reports_what_other_tools_rely_on(finished):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all({"samples_seen", "loss", "lr", "samples_per_second", "data_wait"} <= row.keys() for row in rows)
+    # One device, and a CPU, whose peak is not known.
+    assert all(row["samples_per_second_per_device"] == row["samples_per_second"] for row in rows)
+    assert all(row["tflops_per_device"] > 0 and "mfu" not in row for row in rows)
     assert rows[-1]["samples_seen"] == 32 * STEPS and all(0 <= row["data_wait"] <= 1 for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
     results = json.loads((workdir / "results.json").read_text())

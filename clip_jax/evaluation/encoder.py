@@ -68,6 +68,12 @@ class Encoder:
             return model.encode_image(x, normalize=True)
 
         @compiled
+        def pool_images(variables, pixels: UInt8[Array, "B H W 3"]):
+            model = nnx.merge(graphdef, variables)
+            model.eval()
+            return l2_normalize(model.pooled_image(images.normalize(pixels, model.config.image_mean, model.config.image_std)))
+
+        @compiled
         def encode_texts(variables, tokens: Int[Array, "B T"]):
             return nnx.merge(graphdef, variables).encode_text(tokens, normalize=True)
 
@@ -79,7 +85,7 @@ class Encoder:
         def encode_rest(variables, tokens: Int[Array, "B N"], prefix: Any, length: Int[Array, ""]):
             return l2_normalize(nnx.merge(graphdef, variables).text.after(prefix, length, tokens))
 
-        self._encode_images, self._encode_texts = encode_images, encode_texts
+        self._encode_images, self._pool_images, self._encode_texts = encode_images, pool_images, encode_texts
         self._encode_prefix, self._encode_rest = encode_prefix, encode_rest
 
     def take(self, model: CLIP) -> None:
@@ -99,13 +105,16 @@ class Encoder:
         read: Callable[[Sequence[int]], Sequence[bytes | UInt8[np.ndarray, "H W C"] | PIL.Image.Image]],
         progress: Callable[[int], Any] = lambda features: None,
         where: str = "a set",
+        pooled: bool = False,
     ) -> Float[np.ndarray, "N E"]:
         """Features of so many pictures, encoded or decoded, which `read` gives by their numbers; each host reads its part.
 
         Args:
           progress: is told of every batch how many there were.
           where: for errors.
+          pooled: take what the image tower projects, of length one as well.
         """
+        encode = self._pool_images if pooled else self._encode_images
         preprocess = images.Preprocess.of(self.config)
         rows, found = local_rows(self.batch_size, self.mesh), []
 
@@ -119,7 +128,7 @@ class Encoder:
                 batch = np.zeros((len(rows), size, size, 3), np.uint8)
                 for i, made in enumerate(threads.map(pixels, numbers, read(numbers) if numbers else ())):
                     batch[i] = made
-                features = self._encode_images(self.variables, jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch))
+                features = encode(self.variables, jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch))
                 found.append(np.asarray(features)[: count - start])
                 progress(len(found[-1]))
         return np.concatenate(found)

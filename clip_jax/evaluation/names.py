@@ -74,6 +74,7 @@ TASKS = {
     "stl10": _task("stl10", "stl10"),
     "sun397": _task("sun397/tfds", "sun397"),
     "svhn_cropped": _task("svhn_cropped", "vtab-svhn"),
+    "voc2007": _task("", "voc2007"),
     "coco_captions": _task("coco_captions/2014", "mscoco_captions", kind="retrieval"),
     "flickr8k": _task("", "flickr8k", kind="retrieval"),
     "flickr30k": _task("", "flickr30k", kind="retrieval"),

@@ -16,7 +16,7 @@ from clip_jax.errors import UserError
 from clip_jax.sharding import BATCH
 
 Z = 1.959964  # of the 95 % interval
-ROWS = 2**26  # elements of the similarity matrix that are in memory at once
+ROWS = 2**24  # elements of the similarity matrix that are in memory at once, on each device
 
 
 def share(name: str, hits: Bool[np.ndarray, "N"], chance: float) -> dict[str, float]:

@@ -54,6 +54,7 @@ class Measurement:
     data_dir: str | None = None
     probes: tuple[str, ...] = ()  # of "linear", "knn", "few_shot", which take a training split
     cache: pathlib.Path | None = None  # where features are kept
+    pooled: bool = False  # probes see features before the projection
 
     def of(self, task: str) -> tuple[list[dict[str, Any]], list[Part]]:
         """The records of a task, and what a report shows of it."""
@@ -66,17 +67,18 @@ class Measurement:
         records, parts = self._classified(found, features)
         if self.probes:
             train = open_set(task, self.data_dir, "train")
-            records += self._probed(found, features, train, self.features(train))
+            seen = self.features(found, pooled=True) if self.pooled else features
+            records += self._probed(found, seen, train, self.features(train, self.pooled))
         return records, parts
 
-    def features(self, of: LabelledSet | CaptionedSet) -> Float[np.ndarray, "N E"]:
+    def features(self, of: LabelledSet | CaptionedSet, pooled: bool = False) -> Float[np.ndarray, "N E"]:
         """The features of a set's pictures, from the cache if they are there: of these pictures, by these weights."""
         count = len(of.labels if isinstance(of, LabelledSet) else of.captions)
-        kept = self.cache / f"{self._key(of, count)}.npy" if self.cache else None
+        kept = self.cache / f"{self._key(of, count)}{'-pooled' * pooled}.npy" if self.cache else None
         if kept is not None and kept.is_file():
             return np.load(kept, allow_pickle=False)
         with tqdm.tqdm(desc=of.name, total=count, unit="picture", disable=not is_first() or not sys.stderr.isatty()) as bar:
-            features = self.encoder.read(count, of.read, bar.update, of.where)
+            features = self.encoder.read(count, of.read, bar.update, of.where, pooled)
         if kept is not None and is_first():
             kept.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as beside:
@@ -88,7 +90,7 @@ class Measurement:
         """A SHA-256 of every picture's bytes, of how they are prepared, and of the weights' digests."""
         digest = hashlib.sha256()
         preprocess = dataclasses.asdict(images.Preprocess.of(self.encoder.config))
-        weights, _ = digests(nnx.to_pure_dict(self.encoder.variables))
+        weights = digests(nnx.to_pure_dict(self.encoder.variables))
         digest.update(json.dumps([preprocess, weights, self.encoder.config.to_dict()], sort_keys=True).encode())
         for start in range(0, count, 256):
             for picture in of.read(range(start, min(start + 256, count))):

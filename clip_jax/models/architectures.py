@@ -139,8 +139,9 @@ CHOICES = {
     "interpolation": ("bicubic", "bilinear"),
     "dtype": ("bfloat16", "float32"),
     "remat": ("none", "dots", "full"),
+    "attention": ("xla", "cudnn"),
 }
-EXECUTION = ("dtype", "scan_layers", "remat")  # how a model is computed, and not what it is
+EXECUTION = ("dtype", "scan_layers", "remat", "attention")  # how a model is computed, and not what it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +164,7 @@ class CLIPConfig:
     dtype: str = "bfloat16"  # of matrix products, or "float32"; parameters, norms, softmax and loss are float32
     scan_layers: bool = False  # a loop over the blocks of a transformer, compiled once; or all of them, one after the other
     remat: str = "none"  # what a block keeps for its gradient: everything; "dots", its matrix products; "full", nothing
+    attention: str = "xla"  # or "cudnn", whose kernel never holds the weights: on NVIDIA's GPUs, in bfloat16 (docs/performance.md)
 
     def __post_init__(self):
         if self.embedding < (self.vision is not None):

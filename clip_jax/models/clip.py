@@ -65,6 +65,10 @@ class CLIP(nnx.Module):
         features = tower(jnp.asarray(images), **kept)
         return l2_normalize(features) if normalize else features
 
+    def pooled_image(self, images: Images) -> Float[Array, "B D"]:
+        """What the image tower projects into the shared space, in float32: the features of the paper's linear probes."""
+        return self._image_tower().pooled(jnp.asarray(images)).astype(jnp.float32)
+
     def encode_text(self, tokens: Tokens, normalize: bool = False) -> Float[Array, "B E"]:
         """Text features; with `normalize`, of length one."""
         if not self.config.embedding:

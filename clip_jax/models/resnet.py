@@ -39,7 +39,11 @@ class ModifiedResNet(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  `images` are normalised by the model's mean and std."""
-        return self.pool(self.feature_map(images)).astype(jnp.float32)
+        return self.pool.out(self.pooled(images)).astype(jnp.float32)
+
+    def pooled(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """What is projected: the values to which the attention pool attends."""
+        return self.pool(self.feature_map(images))
 
     def feature_map(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w D"]:
         """What the attention pool sees."""
@@ -76,7 +80,7 @@ class Bottleneck(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """One multi-head attention over the feature map, with its mean as the only query that is read."""
+    """One multi-head attention over the feature map, with its mean as the only query that is read; `out` follows."""
 
     def __init__(self, positions: int, width: int, heads: int, embedding: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.heads = heads
@@ -85,13 +89,13 @@ class AttentionPool(nnx.Module):
         linear = lambda features: Linear(width, features, dtype=dtype, kernel_init=normal, rngs=rngs)
         self.query, self.key, self.value, self.out = linear(width), linear(width), linear(width), linear(embedding)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
+    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B D"]:
         x = x.reshape(len(x), -1, x.shape[-1])
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
         x = x + self.position_embedding[...][None].astype(x.dtype)
         heads = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
         y = jax.nn.dot_product_attention(heads(self.query(x[:, :1])), heads(self.key(x)), heads(self.value(x)))
-        return self.out(y.reshape(len(x), -1))
+        return y.reshape(len(x), -1)
 
 
 def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:

@@ -34,8 +34,11 @@ class SigLIPViT(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  `images` are normalised by the model's mean and std."""
-        x = self.transformer.hidden_states(self.embed(images), -1)
-        return self.pool(self.ln_post(x)).astype(jnp.float32)
+        return self.pooled(images).astype(jnp.float32)
+
+    def pooled(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
+        """What is projected: here nothing is."""
+        return self.pool(self.ln_post(self.transformer.hidden_states(self.embed(images), -1)))
 
     def tokens(self, images: Float[Array, "B H W 3"], layer: int) -> Float[Array, "B N D"]:
         """Hidden states of the patches after `layer` blocks, before ln_post, in reading order."""

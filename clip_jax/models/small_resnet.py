@@ -32,8 +32,11 @@ class SmallResNet(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  `images` are normalised by the model's mean and std."""
-        x = self.feature_map(images)
-        return self.projection(x.mean(axis=(1, 2))).astype(jnp.float32)
+        return self.projection(self.pooled(images)).astype(jnp.float32)
+
+    def pooled(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """What is projected: the mean of the feature map."""
+        return self.feature_map(images).mean(axis=(1, 2))
 
     def feature_map(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w D"]:
         """What is averaged."""

@@ -50,8 +50,9 @@ class LayerNorm(nnx.LayerNorm):
 class Attention(nnx.Module):
     """Multi-head self-attention; query, key and value come from one matrix product."""
 
-    def __init__(self, width: int, heads: int, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.heads = heads
+    def __init__(self, width: int, heads: int, layers: int, dtype: jnp.dtype, kernel: str, *, rngs: nnx.Rngs):
+        # Other devices than GPUs, and other types than of 16 bits, cuDNN does not know.
+        self.heads, self.cudnn = heads, kernel == "cudnn" and dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
         std = width**-0.5
         self.qkv = Linear(width, 3 * width, dtype=dtype, kernel_init=nnx.initializers.normal(std), rngs=rngs)
         init = nnx.initializers.normal(std * (2 * layers) ** -0.5)
@@ -59,7 +60,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N D"], causal: bool) -> Float[Array, "B N D"]:
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        y = jax.nn.dot_product_attention(*map(self._split_heads, (q, k, v)), is_causal=causal)
+        kernel = "cudnn" if self.cudnn else "xla"
+        y = jax.nn.dot_product_attention(*map(self._split_heads, (q, k, v)), is_causal=causal, implementation=kernel)
         return self.out(y.reshape(x.shape))
 
     def at(self, x: Float[Array, "B N D"], position: Int[Array, "B"], causal: bool) -> Float[Array, "B D"]:
@@ -123,11 +125,12 @@ class Block(nnx.Module):
         eps: float,
         layers: int,
         dtype: jnp.dtype,
+        kernel: str,
         *,
         rngs: nnx.Rngs,
     ):
         self.ln_1 = LayerNorm(width, eps, rngs=rngs)
-        self.attention = Attention(width, heads, layers, dtype, rngs=rngs)
+        self.attention = Attention(width, heads, layers, dtype, kernel, rngs=rngs)
         self.ln_2 = LayerNorm(width, eps, rngs=rngs)
         self.mlp = MLP(width, mlp_ratio, activation, layers, dtype, rngs=rngs)
 
@@ -158,7 +161,8 @@ class Transformer(nnx.Module):
     def __init__(self, tower: ViTConfig | TextConfig, model: CLIPConfig, causal: bool, *, rngs: nnx.Rngs):
         self.causal, self.scan, self.remat = causal, model.scan_layers, model.remat
         sizes = tower.width, tower.heads, tower.mlp_ratio, model.activation, model.layer_norm_eps, tower.layers
-        self.blocks = nnx.List([Block(*sizes, jnp.dtype(model.dtype), rngs=rngs) for _ in range(tower.layers)])
+        how = jnp.dtype(model.dtype), model.attention
+        self.blocks = nnx.List([Block(*sizes, *how, rngs=rngs) for _ in range(tower.layers)])
 
     def __call__(self, x: Float[Array, "B N D"], position: Int[Array, "B"]) -> Float[Array, "B D"]:
         x = self.hidden_states(x, -2)

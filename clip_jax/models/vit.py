@@ -39,10 +39,13 @@ class ViT(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"], kept: Int[Array, "B K"] | None = None) -> Float[Array, "B E"]:
         """Features, not normalised, in float32.  `images` are normalised by the model's mean and std."""
+        x = self.pooled(images, kept)
+        return (x @ self.projection[...].astype(x.dtype)).astype(jnp.float32)
+
+    def pooled(self, images: Float[Array, "B H W 3"], kept: Int[Array, "B K"] | None = None) -> Float[Array, "B D"]:
+        """What is projected: the class token after ln_post."""
         x = self.embed(images, kept)
-        x = self.transformer(x, jnp.zeros(len(x), jnp.int32))
-        x = self.ln_post(x) @ self.projection[...].astype(x.dtype)
-        return x.astype(jnp.float32)
+        return self.ln_post(self.transformer(x, jnp.zeros(len(x), jnp.int32)))
 
     def tokens(self, images: Float[Array, "B H W 3"], layer: int) -> Float[Array, "B N D"]:
         """Hidden states after `layer` blocks, before ln_post: the class token, then the patches in reading order."""
