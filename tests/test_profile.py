@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-import clip_jax
+import clip_jax.figures
 import train
 from clip_jax.config import load_config
 from clip_jax.profile import HOST, WAITS, Breakdown, Profile, advice, format_table, newest_trace, read_trace, share_time
@@ -60,7 +60,7 @@ def runs(tmp_path_factory) -> dict[str, pathlib.Path]:
         patch.setattr(train, "make_mesh", lambda config, devices: make_mesh(config, devices[:1]))
         step = functools.cache(lambda mesh: make_train_step(load_config(f"{folder}/small.py"), mesh))  # compiled once
         patch.setattr(train, "make_train_step", lambda config, mesh: step(mesh))
-        patch.setattr(train, "draw_figures", lambda *_: None)
+        patch.setattr(clip_jax.figures, "draw_figures", lambda *_: None)
         for profile in ("true", "false"):
             train.main([f"--config={folder}/small.py", f"--workdir={folder / profile}", f"--config.profile={profile}"])
     return {profile: folder / profile for profile in ("true", "false")}
