@@ -4,10 +4,10 @@ import pathlib
 import sys
 
 import boto3
-import fsspec.registry
 import pytest
 import servers
 from botocore.config import Config
+from fsspec.registry import _registry
 from sets import FIELDS, captions, check_five, config_of, good, jpeg, tar
 
 from clip_jax.data import TrainingBatches
@@ -91,6 +91,6 @@ def test_tars_behind_http(bucket, tmp_path):
 
 def test_a_scheme_whose_library_is_missing_says_what_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as Python has it where there is none
-    monkeypatch.delitem(fsspec.registry._registry, "gs", raising=False)  # which another test may have had
+    monkeypatch.delitem(_registry, "gs", raising=False)  # which another test may have had
     with pytest.raises(UserError, match=r"gs://bucket/a.tar: no library for gs:// .*pip install 'clip-from-paper-to-pod\[gcs\]'"):
         open_records("gs://bucket/a.tar", "train", FIELDS)
