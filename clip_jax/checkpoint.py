@@ -27,13 +27,13 @@ from orbax.checkpoint import checkpoint_managers
 
 from clip_jax.about import about_arrays, about_state, check_same_run, seal
 from clip_jax.checkpoint_folders import half_written, location, step_folders, workdir_of
-from clip_jax.digest import Digests, digests
+from clip_jax.digest import digests
 from clip_jax.distributed import all_agree, first_says, is_first, wait_for_all
 from clip_jax.errors import UserError, warn
-from clip_jax.host_copy import host_copy
 from clip_jax.models import CLIP, CLIPConfig
 from clip_jax.models.blocks import are_stacked, separate, stacked
 from clip_jax.sharding import state_shardings
+from clip_jax.snapshot import Snapshot
 from clip_jax.state import TrainState
 from clip_jax.step import abstract_model, split_model
 
@@ -77,7 +77,7 @@ class Checkpoints:
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.written = concurrent.futures.Future()
         self.written.set_result(None)
-        self.newest, self.digests = self.manager.latest_step(), None
+        self.newest, self.snapshot = self.manager.latest_step(), None
 
     def any(self) -> bool:
         """Whether there is a checkpoint, whole or not; waits for one that is being written; alike on all processes."""
@@ -119,25 +119,25 @@ class Checkpoints:
         with self.writing():
             self.written.result()
         self.newest, self.begun = step, time.monotonic()
-        self.digests = Digests(state._asdict())
+        self.snapshot = Snapshot(state._asdict())
         about, config = about_state(state, loss), self.config.to_dict()
-        self.written = self.writer.submit(self._write, step, host_copy(state._asdict()), self.digests, about, config, data_position)
+        self.written = self.writer.submit(self._write, step, self.snapshot, about, config, data_position)
 
     def finite(self) -> bool:
         """Whether the state that was last given to `save` is finite, and is written; alike on all processes."""
-        digests, self.digests = self.digests, None
-        finite = digests is None or digests.finite()
+        snapshot, self.snapshot = self.snapshot, None
+        finite = snapshot is None or snapshot.finite()
         if not finite:
             self.newest = None
         return finite
 
-    def _write(self, step: int, state: dict, digests: Digests, about: dict, config: dict, data_position: dict) -> None:
+    def _write(self, step: int, snapshot: Snapshot, about: dict, config: dict, data_position: dict) -> None:
         """In the writer's thread, where processes wait for each other without their devices, which are at work."""
-        if not digests.finite():
+        if not snapshot.finite():
             return
         if self.config.keep_best:
             self.losses[step] = about["loss"]
-        self.manager.save(step, args=_items(state, about | {"digests": digests.by_path()}, config, data_position))
+        self.manager.save(step, args=_items(snapshot.arrays(), about | {"digests": snapshot.digests()}, config, data_position))
 
     def restore(self, abstract_state: TrainState, good: bool = False) -> tuple[TrainState, dict]:
         """The newest whole state, laid out as `abstract_state` says, and its data position.

@@ -2,14 +2,17 @@
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Num, UInt32
 
 
+@jax.jit  # traced once for each shape: a state has few
 def bit_sum(x: Num[Array, "..."]) -> tuple[UInt32[Array, ""], Bool[Array, ""]]:
     """The sum, modulo 2^32, of the elements' bits times 1, 3, 5, and so on; and whether all of them are finite.
 
@@ -27,38 +30,30 @@ def bit_sum(x: Num[Array, "..."]) -> tuple[UInt32[Array, ""], Bool[Array, ""]]:
     return total, bad == 0
 
 
-class Digests:
-    """The `bit_sum` of each array of a tree, computed by its devices while the program goes on."""
+def bit_sums(arrays: Sequence[Num[Array, "..."]]) -> tuple[UInt32[Array, " N"], Bool[Array, ""]]:
+    """The `bit_sum` of each array, and whether all numbers are finite."""
+    sums, finite = zip(*map(bit_sum, arrays))
+    return jnp.stack(sums), jnp.stack(finite).all()
 
-    def __init__(self, tree: Any):
-        leaves, self._structure = jax.tree.flatten(tree)
-        self._sums, self._finite = _compiled(_whole_everywhere(leaves[0]))(leaves)
 
-    def by_path(self) -> dict[str, int]:
-        """Waits for them; the same on all processes."""
-        sums = jax.tree.leaves_with_path(self._structure.unflatten(np.asarray(self._sums).tolist()))
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): value for path, value in sums}
-
-    def finite(self) -> bool:
-        """Whether all numbers are finite; waits, and is the same on all processes."""
-        return bool(self._finite)
+def by_path(structure: jax.tree_util.PyTreeDef, sums: UInt32[np.ndarray, " N"]) -> dict[str, int]:
+    """The sums of a tree's arrays by their paths."""
+    leaves = jax.tree.leaves_with_path(structure.unflatten(sums.tolist()))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): value for path, value in leaves}
 
 
 def digests(tree: Any) -> dict[str, int]:
     """The `bit_sum` of each array by its path, the same on all processes."""
-    return Digests(tree).by_path()
+    leaves, structure = jax.tree.flatten(tree)
+    sums, _ = _compiled(whole_everywhere(leaves[0].sharding))(leaves)
+    return by_path(structure, np.asarray(sums))
 
 
-def _whole_everywhere(array: Array) -> jax.sharding.Sharding | None:
-    sharding = array.sharding
-    named = isinstance(sharding, jax.sharding.NamedSharding)
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()) if named else None
+def whole_everywhere(sharding: Sharding) -> Sharding | None:
+    """On each device of a mesh, so that each process can read it; None where there is one device."""
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
 
 
 @functools.cache
-def _compiled(sharding: jax.sharding.Sharding | None):
-    def of(leaves: list[Array]) -> tuple[UInt32[Array, " N"], Bool[Array, ""]]:
-        sums, finite = zip(*map(bit_sum, leaves))
-        return jnp.stack(sums), jnp.stack(finite).all()
-
-    return jax.jit(of, out_shardings=sharding)
+def _compiled(sharding: Sharding | None) -> Callable:
+    return jax.jit(bit_sums, out_shardings=sharding)

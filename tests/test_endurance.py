@@ -16,12 +16,13 @@ from test_step import RESNET, VIT, batch, config
 
 from clip_jax.checkpoint import Checkpoints, load_model
 from clip_jax.checkpoint_folders import step_folders
-from clip_jax.digest import Digests, bit_sum
+from clip_jax.digest import bit_sum, digests
 from clip_jax.errors import UserError
 from clip_jax.interruption import Interruption
 from clip_jax.optimizer import make_schedule
 from clip_jax.recovery import Recovery
 from clip_jax.sharding import make_mesh, put_batch
+from clip_jax.snapshot import Snapshot
 from clip_jax.state import Seen, after_batch, samples_seen, schedule_position, steps_left
 from clip_jax.step import init_state, make_train_step
 
@@ -165,12 +166,12 @@ def test_a_digest_sees_every_bit_and_no_mesh():
     mesh = make_mesh(config(data=2, fsdp=2, tensor=2), jax.devices())
     for spec in ((), ("data",), ("fsdp", "tensor"), (None, ("data", "fsdp"))):
         there = jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
-        found = Digests({"x": there})
-        assert found.by_path() == {"x": expected} and found.finite()
+        snapshot = Snapshot({"x": there})
+        assert snapshot.digests() == digests({"x": there}) == {"x": expected} and snapshot.finite()
     for dtype in (jnp.bfloat16, jnp.int32, jnp.uint8):
-        assert Digests([jnp.ones((3,), dtype), jnp.ones((), dtype)]).finite()
+        assert Snapshot([jnp.ones((3,), dtype), jnp.ones((), dtype)]).finite()
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
-        assert not Digests([jnp.ones(3), jnp.array([1.0, bad])]).finite() and not Digests([jnp.float32(bad)]).finite()
+        assert not Snapshot([jnp.ones(3), jnp.array([1.0, bad])]).finite() and not Snapshot([jnp.float32(bad)]).finite()
 
 
 @pytest.fixture(scope="module")

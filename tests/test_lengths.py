@@ -91,8 +91,8 @@ def test_the_step_is_that_of_whole_texts(way, monkeypatch):
     kept = {"patch_dropout": changes.get("patch_dropout", 0.0)}
     expected = run(config(**kept), jax.devices()[:1], parted=False)
     found = run(config(**changes), jax.devices()[:devices], parted=True)
-    # Measured: at most 1.4e-6, of losses that go from 5.4 to 4.5 and gradient norms from 42 to 15.
-    np.testing.assert_allclose(found, expected, rtol=4e-6)
+    # Measured: at most 1.4e-6 with AVX2 and 5.5e-6 with AVX-512, of losses that go from 5.4 to 4.5 and gradient norms from 42 to 15.
+    np.testing.assert_allclose(found, expected, rtol=1.6e-5)
 
 
 def test_siglips_texts_are_not_cut():
