@@ -9,6 +9,8 @@ A script names its sides, functions that import what they need, build it and ret
 `take_turns` starts the sides, lets each prepare and warm up, and then asks lane after lane (what a side does, such as the
 step on full and on real captions), A B C A B C, for the seconds of so many pieces of work.  Its record has every raw number,
 and is written after each round, so that a run which is cut short leaves what it had.  The protocol is a line of JSON each way.
+
+OUR_PYTHON=PATH, another interpreter, runs the side `ours`, where the newest JAX and PyTorch are not to be had for one Python.
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from records import Record, lane_name, summarize
+from records import Record, lane_name, summarize, versions
 
 # OpenMP's threads look for work for up to 200 ms before they sleep; so long a turn waits for those of the one before.
 SETTLE = 0.3
@@ -63,7 +65,7 @@ def serve(sides: dict[str, Callable[[dict], Side]]) -> None:
         start = time.perf_counter()
         side = sides[name](options)
         device = _device(side.framework)
-        answer(seconds=time.perf_counter() - start, lanes=list(side.lanes), device=device, stand_ins=stands)
+        answer(seconds=time.perf_counter() - start, lanes=list(side.lanes), device=device, stand_ins=stands, versions=versions())
         for line in sys.stdin:
             command = json.loads(line)
             if command["do"] == "go":
@@ -174,7 +176,8 @@ class _Child:
 
     def __init__(self, script: str, name: str, options: dict, environment: dict[str, str]):
         self.name, self.errors = name, tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-W", "ignore", script, "--side", name, json.dumps(options)]
+        python = os.environ.get("OUR_PYTHON", sys.executable) if name == "ours" else sys.executable
+        command = [python, "-W", "ignore", script, "--side", name, json.dumps(options)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=os.environ | environment
         )
@@ -261,6 +264,8 @@ def take_turns(
                 continue
             about = {"device": found["device"], "stand_ins": found["stand_ins"]}
             record["sides"][child.name] = {"preparation_seconds": found["seconds"]} | about
+            if child.name == "ours" and (theirs := record["versions"]["python"]) != found["versions"]["python"]:
+                record["versions"] |= {name: value for name, value in found["versions"].items() if value} | {"torch's python": theirs}
             for lane in found["lanes"]:
                 record["lanes"][lane_name(child.name, lane)] = {"side": child.name, "lane": lane, "seconds": [], "memory": []}
         by_name = {child.name: child for child in children}

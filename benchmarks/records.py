@@ -59,7 +59,7 @@ def new_record(benchmark: str, variant: str, **about: Any) -> Record:
         "dirty": None if changed is None else bool(changed),
         "command": " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": machine(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "versions": versions(),
         **about,
     }
 
@@ -75,6 +75,11 @@ def machine() -> Record:
         "memory_bytes": int(lines[1].get("MemTotal", "0").split()[0]) * 1024,
         "system": platform.system(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of this Python and its libraries."""
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def version(library: str) -> str | None:
