@@ -30,8 +30,9 @@ from work import (
 )
 
 COMPARED = 8  # rows of features
-# Of 1 - cosine.  Measured in float32 9.1e-8 (toy) and 1.2e-7 (ViT-B/32, classifier.py); in bfloat16 not yet.
-TOLERANCE = {"float32": 3.6e-7, "bfloat16": 1e-2}
+# Of 1 - cosine.  Measured in float32 9.1e-8 (toy) and 1.2e-7 (ViT-B/32, classifier.py); in bfloat16 2.7e-3 from eager PyTorch,
+# which rounds after every operation, and 2.6e-4 from torch.compile.
+TOLERANCE = {"float32": 3.6e-7, "bfloat16": 8e-3}
 
 
 def ours(options: dict) -> Side:

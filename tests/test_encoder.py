@@ -15,7 +15,8 @@ from clip_jax.evaluation.classifier import zero_shot_classifier
 from clip_jax.evaluation.emoji import EMOJI_TEMPLATES, Emoji, load_emoji
 from clip_jax.evaluation.encoder import Encoder
 from clip_jax.evaluation.tasks import Measurement
-from clip_jax.models import CLIP
+from clip_jax.images import normalize
+from clip_jax.models import ARCHITECTURES, CLIP
 from clip_jax.tokenizer import tokenize
 
 WORDS = "cat dog horse lighthouse great-white-shark electric guitar toilet paper a b".split()
@@ -73,6 +74,21 @@ def test_pictures_are_the_same_in_any_batch_and_on_any_number_of_devices(model):
         np.testing.assert_allclose(encoder.images(pictures), one, atol=2.9e-7)  # measured 9.7e-8
         read = encoder.read(37, lambda numbers: [pictures[i] for i in numbers])
         np.testing.assert_allclose(read, one, atol=3.6e-7)  # measured 1.2e-7
+
+
+def test_matrices_are_rounded_once_and_features_are_the_same(model):
+    half = CLIP(dataclasses.replace(ARCHITECTURES["emoji-vit"], dtype="bfloat16"), rngs=nnx.Rngs(0))
+    half.text.token_embedding[...] += 1e-3  # is added in float32, and stays so
+    encoder = Encoder(half, 8, devices=jax.devices()[:1])
+    types = {path[-1]: variable.dtype for path, variable in nnx.to_flat_state(encoder.variables)}
+    assert (types["kernel"], types["scale"], types["token_embedding"]) == ("bfloat16", "float32", "float32")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    config = half.config
+    expected = jax.jit(lambda x: half.encode_image(normalize(x, config.image_mean, config.image_std), normalize=True))(pixels)
+    assert (encoder.pixels(pixels) == np.asarray(expected)).all()
+    tokens = tokenize(["a dog"] * 8, config.text.context_length)
+    expected = jax.jit(lambda tokens: half.encode_text(tokens, normalize=True))(tokens[:, :4])
+    assert (encoder.tokens(tokens) == np.asarray(expected)).all()
 
 
 def test_pictures_come_as_bytes_or_as_pixels_and_a_broken_one_is_named(model):

@@ -91,8 +91,16 @@ class Encoder:
     def take(self, model: CLIP) -> None:
         """The parameters of another state of the same model."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        put = lambda x: jax.make_array_from_callback(x.shape, everywhere, np.asarray(x).__getitem__)
-        self.variables = jax.tree.map(put, nnx.state(model))
+        # Matrices are rounded to the type in which they are multiplied once, and not for every batch, which is the same.
+        types = {path: module.dtype for path, module in nnx.iter_modules(model) if isinstance(module, nnx.Linear)}
+
+        def put(variable: nnx.Variable, dtype: jnp.dtype | None) -> nnx.Variable:
+            x = np.asarray(variable[...])
+            x = x.astype(dtype or x.dtype)
+            return variable.replace(jax.make_array_from_callback(x.shape, everywhere, x.__getitem__))
+
+        flat = nnx.to_flat_state(nnx.state(model))
+        self.variables = nnx.from_flat_state([(path, put(variable, types.get(path[:-1]))) for path, variable in flat])
 
     def images(self, pictures: list[PIL.Image.Image]) -> Float[np.ndarray, "N E"]:
         """Features of pictures, preprocessed as evaluation does."""
