@@ -1,38 +1,37 @@
 """Pictures a second and a core: our pipeline beside open_clip's WebDataset pipeline, on the same tars of real JPEGs.
 
     pip install -r tests/pytorch.txt && pip install --no-deps -r tests/pytorch-no-deps.txt
-    pip install webdataset==0.2.86 pandas scikit-image scikit-learn  # open_clip 3.3 does not run with webdataset 1
-    python benchmarks/data.py
+    python benchmarks/data.py [--sizes=341x256,500x375,1024x768,2048x1536] [--count=512] [--rounds=3]
     python benchmarks/data.py --resume      # the time to go on in the middle of 10,000,000 samples
 
 Both read the tar, decode, crop at random (0.9 to 1.0), resize to 224 and tokenize, in batches of 64, in one process
 and one thread, with what PyTorch calls no workers.  A picture's cost is the processor time of the process, so that
-the ratio holds on a busy machine too; the sides take turns, and medians are printed.  The JPEGs (quality 90) are cut
-from the photographs that scikit-image and scikit-learn carry.
+the ratio holds on a busy machine too.  The JPEGs (quality 90) are cut from the photographs that scikit-image and
+scikit-learn carry.
 """
 
+import argparse
 import io
-import json
 import math
 import pathlib
-import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from measure import Side, serve, take_turns
+from records import new_record, say, write
+from work import import_open_clip
 
-SIZES = ((341, 256), (500, 375), (1024, 768), (2048, 1536))
-SIDES = ("ours", "open_clip")
+SIZES = "341x256,500x375,1024x768,2048x1536"
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "retina.jpg", "motorcycle_left.png")
-COUNT, BATCH, REPEATS = 512, 64, 3
+BATCH, REPEATS, PAIRS = 64, 3, 512
 
 
-def make_tar(path: pathlib.Path, width: int, height: int) -> None:
-    """COUNT pairs; pictures of one size."""
+def make_tar(path: pathlib.Path, width: int, height: int, count: int) -> None:
+    """So many pairs; pictures of one size."""
     import PIL.Image
     import skimage
     import sklearn.datasets
@@ -48,52 +47,66 @@ def make_tar(path: pathlib.Path, width: int, height: int) -> None:
         image.resize(size, PIL.Image.BICUBIC).crop((0, 0, width, height)).save(buffer, "JPEG", quality=90)
         encoded.append(buffer.getvalue())
     with tarfile.open(path, "w") as tar:
-        for i in range(COUNT):
+        for i in range(count):
             for ending, data in (("jpg", encoded[i % len(encoded)]), ("txt", f"a photograph, number {i}".encode())):
                 member = tarfile.TarInfo(f"{i:06}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
 
-def ours(tar: str):
+def side(options: dict, batches_of: Callable[[str], Callable[[], int]]) -> Side:
+    def lane(tar: str) -> Callable[[], dict]:
+        batches = []
+
+        def once() -> dict:
+            if not batches:
+                batches.append(batches_of(tar))
+            start, count = time.process_time(), 0
+            while count < options["count"]:
+                count += batches[0]()
+            return {"seconds": (time.process_time() - start) * options["count"] / count}
+
+        return once
+
+    return Side({size: lane(f"{options['folder']}/{size}.tar") for size in options["sizes"]}, lambda: None, "")
+
+
+def ours(options: dict) -> Side:
     from clip_jax.config import default_config
     from clip_jax.data import training_batches
 
-    config = default_config()
-    config.batch_size = BATCH
-    config.data.update({"sets": (tar,), "threads": 0, "prefetch": 0})
-    batches = training_batches(config)
-    return lambda: next(batches)["image"].shape[0]
+    def batches_of(tar: str) -> Callable[[], int]:
+        config = default_config()
+        config.batch_size = BATCH
+        config.data.update({"sets": (tar,), "threads": 0, "prefetch": 0})
+        batches = training_batches(config)
+        return lambda: len(next(batches)["image"])
+
+    return side(options, batches_of)
 
 
-def open_clip(tar: str):
-    import argparse
-
-    from parity import torchvision_without_gpu
-
-    library = torchvision_without_gpu()
+def open_clips(options: dict) -> Side:
+    import_open_clip()
     import torch
     from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transform import image_transform
     from open_clip_train.data import get_wds_dataset
 
     torch.set_num_threads(1)
-    arguments = argparse.Namespace(
-        train_data=tar, train_num_samples=10**9, train_data_upsampling_factors=None, dataset_resampled=True, seed=0
-    )
-    arguments.batch_size, arguments.world_size, arguments.workers = BATCH, 1, 0
-    data = get_wds_dataset(arguments, image_transform(224, is_train=True), True, tokenizer=SimpleTokenizer())
-    batches = iter(data.dataloader)
-    return lambda library=library: next(batches)[0].shape[0]  # whose declarations end with it
+
+    def batches_of(tar: str) -> Callable[[], int]:
+        arguments = argparse.Namespace(
+            train_data=tar, train_num_samples=10**9, train_data_upsampling_factors=None, dataset_resampled=True, seed=0
+        )
+        arguments.batch_size, arguments.world_size, arguments.workers = BATCH, 1, 0
+        data = get_wds_dataset(arguments, image_transform(224, is_train=True), True, tokenizer=SimpleTokenizer())
+        batches = iter(data.dataloader)
+        return lambda: len(next(batches)[0])
+
+    return side(options, batches_of)
 
 
-def child(side: str, tar: str) -> None:
-    step = {"ours": ours, "open_clip": open_clip}[side](tar)
-    step()
-    start, count = time.process_time(), 0
-    while count < COUNT:
-        count += step()
-    print(json.dumps(count / (time.process_time() - start)))
+SIDES = {"ours": ours, "open_clip": open_clips}
 
 
 def resume(samples: int = 10_000_000) -> None:
@@ -106,14 +119,14 @@ def resume(samples: int = 10_000_000) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         tar = pathlib.Path(folder) / "a.tar"
-        make_tar(tar, 500, 375)
+        make_tar(tar, 500, 375, PAIRS)
         # Each sample of the index is one of those in the tar, under a key of its own.
         index = tar_index.index_shard(str(tar), tar.stat().st_size)
-        repeats = -(-samples // COUNT)
-        keys = np.char.mod("%09d", np.arange(repeats * COUNT)).astype("S9").view(np.uint8)
+        repeats = -(-samples // PAIRS)
+        keys = np.char.mod("%09d", np.arange(repeats * PAIRS)).astype("S9").view(np.uint8)
         many = tar_index.ShardIndex(
-            key_ends=np.arange(1, repeats * COUNT + 1) * 9,
-            starts=np.arange(repeats * COUNT + 1) * 2,
+            key_ends=np.arange(1, repeats * PAIRS + 1) * 9,
+            starts=np.arange(repeats * PAIRS + 1) * 2,
             keys=keys,
             endings=index.endings,
             broken=(),
@@ -134,28 +147,29 @@ def resume(samples: int = 10_000_000) -> None:
             print(f"{len(batches.source.records):,} samples: opened in {opened - start:.2f} s, first batch after {time.perf_counter() - start:.2f} s")
 
 
-def main() -> None:
-    print("| JPEG | ours, pictures / s / core | open_clip | ratio |\n|---|---|---|---|")
+def main(options: argparse.Namespace) -> None:
+    about = {"sizes": options.sizes, "count": options.count}
+    record = new_record("data", options.variant or "webdataset", **about, unit="pictures", dtype=None)
+    record["pairs"] = [[f"ours, {size}", f"open_clip, {size}"] for size in options.sizes]
+    record["items"], record["flops"], record["agreement"] = {size: options.count for size in options.sizes}, {}, {}
+    record["notes"] = ["seconds are those of one processor"]
     with tempfile.TemporaryDirectory() as folder:
-        for width, height in SIZES:
-            tar = pathlib.Path(folder) / f"{width}.tar"
-            make_tar(tar, width, height)
-            found = {side: [] for side in SIDES}
-            for _ in range(REPEATS):
-                for side in SIDES:
-                    command = [sys.executable, "-W", "ignore", __file__, "--child", side, str(tar)]
-                    output = subprocess.run(command, capture_output=True, text=True, check=False)
-                    if output.returncode:
-                        sys.exit(output.stderr)
-                    found[side].append(json.loads(output.stdout.splitlines()[-1]))
-            one, other = (statistics.median(found[side]) for side in SIDES)
-            print(f"| {width} x {height} | {one:,.0f} | {other:,.0f} | {one / other:.2f} |", flush=True)
+        for size in options.sizes:
+            make_tar(pathlib.Path(folder) / f"{size}.tar", *map(int, size.split("x")), options.count)
+        given = about | {"folder": folder}
+        take_turns(__file__, options.sides, given, record, options.rounds, 0, -1, {}, lambda record: write(record, options.output))
+    say(record)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:])
-    elif sys.argv[1:2] == ["--resume"]:
-        resume()
-    else:
-        main()
+    serve(SIDES)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sizes", default=SIZES.split(","), type=lambda text: text.split(","))
+    parser.add_argument("--count", default=PAIRS, type=int, help="pictures in a tar, and in one piece of work")
+    parser.add_argument("--sides", default=list(SIDES), type=lambda text: text.split(","))
+    parser.add_argument("--rounds", default=REPEATS, type=int)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--variant", default="", help="part of the result's file name")
+    parser.add_argument("--output", default="", help="folder of the result")
+    options = parser.parse_args()
+    resume() if options.resume else main(options)

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from measure import OutOfMemory, Side, serve, take_turns
-from records import Record, new_record, say, version, write
+from records import Record, new_record, say, write
 from work import (
     about_captions,
     architecture,
@@ -111,8 +111,7 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, sides, missing = pathlib.Path(name), list(options.sides), {}
         if sides != ["ours"]:
-            absent = [library for library in ("torch", "open_clip_torch") if not version(library)]
-            why = f"{' and '.join(absent)}: not installed" if absent else prepare_weights(options.model, folder)
+            why = prepare_weights(options.model, folder)
             missing = {side: why for side in sides if why and side != "ours"}
             sides = [side for side in sides if side not in missing]
         for batch in options.batch:

@@ -32,8 +32,9 @@ fi
 $python - <<'PYTHON'
 import importlib.metadata, importlib.util, sys
 print("Python", sys.version.split()[0])
-for name, package in {"jax": "jax", "flax": "flax", "optax": "optax", "jaxtyping": "jaxtyping", "ml_collections": "ml_collections", "orbax": "orbax-checkpoint",
-                      "grain": "grain", "tensorflow_datasets": "tensorflow-datasets", "torch": "torch", "open_clip": "open_clip_torch"}.items():
+OTHERWISE = {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets", "open_clip": "open_clip_torch"}
+for name in "jax flax optax jaxtyping ml_collections orbax grain tensorflow_datasets torch open_clip".split():
+    package = OTHERWISE.get(name, name)
     if importlib.util.find_spec(name) is None:
         print("missing:", package)
     else:
@@ -60,16 +61,19 @@ item() {
 
 v() { echo "--variant=${GPU_TOY:+toy-}gpu-$1"; }
 step="train_step.py --dtype=$dtype --captions=both --sides=$sides $fast"
+embed="encode.py --dtype=$dtype --sides=$sides $fast --batches=2"
+loss="kernels.py --what=loss --losses=softmax $fast"
 item "train step B/32" 150 $step --model=$b32 --batch="$(batch 4096,2048,1024,512 '' 8)" "$(v B32)"
-item "image embedding B/32" 75 encode.py --what=image --dtype=$dtype --sides=$sides $fast --model=$b32 --batch="$(batch 2048,1024,512 '' 8)" --batches=2 "$(v B32-image)"
+item "image embedding B/32" 75 $embed --what=image --model=$b32 --batch="$(batch 2048,1024,512 '' 8)" "$(v B32-image)"
 item "attention" 60 kernels.py --what=attention $fast --batch="$(batch 512 '' 2)" --heads=12 "$(v attention)"
 item "train step B/16" 130 $step --model=$b16 --batch="$(batch 1024,512,256 '' 8)" "$(v B16)"
-item "loss 32,768" 45 kernels.py --what=loss $fast --batch="$(loss 32768)" --width=512 "$(v 32768)"
+item "loss 32,768" 45 $loss --batch="$(loss 32768)" --width=512 "$(v 32768)"
 item "train step L/14" 150 $step --model=$l14 --batch="$(batch 256,128,64 '' 8)" "$(v L14)"
-item "loss 65,536, ring" 45 kernels.py --what=loss "--sides=ours, ring" $fast --batch="$(loss 65536)" --width=768 "$(v 65536)"
-item "image embedding B/16" 60 encode.py --what=image --dtype=$dtype --sides=$sides $fast --model=$b16 --batch="$(batch 1024,512 '' 8)" --batches=2 "$(v B16-image)"
-item "image embedding L/14" 75 encode.py --what=image --dtype=$dtype --sides=$sides $fast --model=$l14 --batch="$(batch 512,256 '' 8)" --batches=2 "$(v L14-image)"
-item "text embedding B/32" 60 encode.py --what=text --dtype=$dtype --sides=$sides $fast --model=$b32 --batch="$(batch 2048,1024 '' 8)" --batches=2 "$(v B32-text)"
+item "loss 65,536, ring" 45 $loss "--sides=ours, ring" --batch="$(loss 65536)" --width=768 "$(v 65536)"
+item "image embedding B/16" 60 $embed --what=image --model=$b16 --batch="$(batch 1024,512 '' 8)" "$(v B16-image)"
+item "image embedding L/14" 75 $embed --what=image --model=$l14 --batch="$(batch 512,256 '' 8)" "$(v L14-image)"
+item "text embedding B/32" 60 $embed --what=text --model=$b32 --batch="$(batch 2048,1024 '' 8)" "$(v B32-text)"
+item "checkpoint" 60 checkpoint.py --model=$b32 --rounds=3 "$(v checkpoint)"
 
 echo "== $((SECONDS - began)) s in all; results in $out"
 for what in "${failed[@]}"; do echo "not whole: $what"; done

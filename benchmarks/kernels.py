@@ -1,13 +1,14 @@
-"""Parts of the step alone, in bfloat16: XLA's attention and cuDNN's, and the loss of a large batch.
+"""Parts of the step alone: XLA's attention and cuDNN's in bfloat16, and the losses of a large batch.
 
     python benchmarks/kernels.py --what=attention [--batch=512] [--heads=12] [--rounds=5]
-    python benchmarks/kernels.py --what=loss [--batch=32768] [--width=512]
+    python benchmarks/kernels.py --what=loss [--batch=32768] [--width=512] [--losses=softmax,sigmoid]
 
-Forward and backward.  Attention is that of the towers: [B, 50, 197 or 257, H, 64] without a mask, [B, 77, H, 64] causal.  The loss is the
-softmax's of float32 features on one device: ours in its plain and its ring form, and open_clip's.
+Forward and backward.  Attention is that of the towers: [B, 50, 197 or 257, H, 64] without a mask, [B, 77, H, 64] causal.  The losses are
+those of float32 features on one device: ours in their plain and their ring form, and open_clip's.
 """
 
 import argparse
+import functools
 import pathlib
 import sys
 
@@ -18,6 +19,8 @@ from work import import_open_clip
 
 SHAPES = ((50, False), (197, False), (257, False), (77, True))  # tokens, causal
 HEAD = 64  # width
+SCALES = {"softmax": (14.3,), "sigmoid": (14.3, -10.0)}  # the scale, and the sigmoid loss's bias
+TOLERANCE = 1e-5  # relative, of a loss.  Measured 4e-7 at most
 
 
 def attention(options: dict, implementation: str) -> Side:
@@ -54,35 +57,47 @@ def our_loss(options: dict, form: str) -> Side:
     import jax.numpy as jnp
     from jax.sharding import AxisType
 
+    from clip_jax import losses
     from clip_jax.flops import loss_flops
-    from clip_jax.losses import clip_loss, ring_clip_loss
 
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    of = clip_loss if form == "plain" else lambda *a: ring_clip_loss(*a, mesh=mesh, axis="data")
-    given, held = [*map(jnp.asarray, features(options["batch"], options["width"])), jnp.float32(14.3)], {}
-    run = jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2))).lower(*given).compile()
-    facts = {"flops": {"": loss_flops(options["batch"], options["width"])}, "loss": float(run(*given)[0])}
-    return Side({"": lambda: held.update(y=run(*given))}, lambda: jax.block_until_ready(held), "jax", "float32", facts)
+    around = {"ring": {"mesh": mesh, "axis": "data"}, "plain": {}}[form]
+    of = {
+        "softmax": losses.clip_loss if form == "plain" else losses.ring_clip_loss,
+        "sigmoid": losses.siglip_loss if form == "plain" else losses.ring_siglip_loss,
+    }
+    pair, held, lanes, found = [*map(jnp.asarray, features(options["batch"], options["width"]))], {}, {}, {}
+    for name in options["losses"]:
+        given = pair + [jnp.float32(value) for value in SCALES[name]]
+        value = functools.partial(of[name], **around)
+        run = jax.jit(jax.value_and_grad(value, argnums=tuple(range(len(given))))).lower(*given).compile()
+        lanes[name] = lambda run=run, given=given: held.update(y=run(*given))
+        found[name] = float(run(*given)[0])
+    facts = {"flops": dict.fromkeys(found, loss_flops(options["batch"], options["width"])), "losses": found}
+    return Side(lanes, lambda: jax.block_until_ready(held), "jax", "float32", facts, held.clear)
 
 
 def their_loss(options: dict) -> Side:
     import torch
 
     import_open_clip()
-    from open_clip.loss import ClipLoss
+    from open_clip.loss import ClipLoss, SigLipLoss
 
-    device, loss = "cuda" if torch.cuda.is_available() else "cpu", ClipLoss()
+    device, of = "cuda" if torch.cuda.is_available() else "cpu", {"softmax": ClipLoss(), "sigmoid": SigLipLoss()}
     torch.backends.cuda.matmul.allow_tf32 = True
-    given = [torch.from_numpy(x).to(device).requires_grad_() for x in features(options["batch"], options["width"])]
-    scale = torch.tensor(14.3, device=device, requires_grad=True)
-
-    def once() -> None:
-        torch.autograd.grad(loss(*given, scale), (*given, scale))
-
-    with torch.no_grad():
-        facts = {"loss": float(loss(*given, scale))}
+    pair = [torch.from_numpy(x).to(device).requires_grad_() for x in features(options["batch"], options["width"])]
+    lanes, found = {}, {}
+    for name in options["losses"]:
+        given = pair + [torch.tensor(value, device=device, requires_grad=True) for value in SCALES[name]]
+        lanes[name] = lambda loss=of[name], given=given: void(torch.autograd.grad(loss(*given), given))
+        with torch.no_grad():
+            found[name] = float(of[name](*given))
     finish = torch.cuda.synchronize if device == "cuda" else lambda: None
-    return Side({"": once}, finish, "torch", "float32", facts, torch.cuda.empty_cache if device == "cuda" else lambda: None)
+    return Side(lanes, finish, "torch", "float32", {"losses": found}, torch.cuda.empty_cache if device == "cuda" else lambda: None)
+
+
+def void(_) -> None:
+    """What is computed is not kept."""
 
 
 SIDES = {
@@ -98,15 +113,23 @@ OF = {"attention": ["xla", "cudnn"], "loss": ["ours, ring", "ours, plain", "open
 def complete(record: dict) -> None:
     facts = {name: side["facts"] for name, side in record["sides"].items()}
     record["flops"] = next((its["flops"] for its in facts.values() if "flops" in its), {})
-    record["agreement"] = {"losses": {name: its["loss"] for name, its in facts.items() if "loss" in its}}
+    losses = {name: its["losses"] for name, its in facts.items() if "losses" in its}
+    first = next(iter(losses.values()), {})
+    record["agreement"] = {
+        name: {f"{loss} loss": abs(value / first[loss] - 1) for loss, value in its.items()} for name, its in list(losses.items())[1:]
+    }
 
 
 def main(options: argparse.Namespace) -> None:
-    given = {name: getattr(options, name) for name in ("batch", "heads", "width", "tokens")}
-    record = new_record(options.what, options.variant or f"batch{options.batch}", unit="samples", **given)
+    given = {name: getattr(options, name) for name in ("batch", "heads", "width", "tokens", "losses")}
+    size = f"heads{options.heads}" if options.what == "attention" else f"width{options.width}"
+    record = new_record(options.what, options.variant or f"batch{options.batch}-{size}", unit="samples", **given)
     record["dtype"] = "bfloat16" if options.what == "attention" else "float32"
-    record["items"] = {lane: options.batch for lane in ["", *(f"{n} tokens" for n, _ in SHAPES)]}
-    record["pairs"] = [["ours, ring", "open_clip"], ["ours, plain", "open_clip"]]
+    record["notes"] = ["FLOPs of a loss are those of its plain form, three products"] if options.what == "loss" else []
+    record["items"] = {lane: options.batch for lane in [*SCALES, *(f"{n} tokens" for n, _ in SHAPES)]}
+    forms = [(f"ours, {form}, {loss}", f"open_clip, {loss}") for loss in options.losses for form in ("ring", "plain")]
+    record["pairs"] = [list(pair) for pair in forms]
+    record["pairs"] += [[f"ours, ring, {loss}", f"ours, plain, {loss}"] for loss in options.losses]
     record["pairs"] += [[f"cudnn, {n} tokens", f"xla, {n} tokens"] for n, _ in SHAPES]
     sides = options.sides or OF[options.what]
     environments = {name: {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / len(sides):.2f}"} for name in sides}
@@ -119,6 +142,9 @@ def main(options: argparse.Namespace) -> None:
         sys.exit(f"error: {error}; give a smaller --batch, or fewer --sides")
     write(record, options.output)
     say(record)
+    for side, found in record["agreement"].items():
+        if not max(found.values()) <= TOLERANCE:
+            sys.exit(f"error: {side}: losses differ, {found}, expected at most {TOLERANCE:.0e}")
 
 
 if __name__ == "__main__":
@@ -129,6 +155,7 @@ if __name__ == "__main__":
     parser.add_argument("--heads", default=12, type=int)
     parser.add_argument("--tokens", default=[n for n, _ in SHAPES], type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--width", default=512, type=int)
+    parser.add_argument("--losses", default=list(SCALES), type=lambda text: text.split(","))
     parser.add_argument("--sides", default=[], type=lambda text: text.split(";"))
     parser.add_argument("--rounds", default=5, type=int)
     parser.add_argument("--turn", default=0.5, type=float)

@@ -16,8 +16,10 @@ RESULTS, NOTES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "notes.m
 TITLES = {
     "train_step": "The train step",
     "encode": "Embedding",
+    "classifier": "Building a classifier",
     "loss": "The loss",
     "attention": "Attention",
+    "data": "The input pipeline",
     "startup": "Before the first step",
     "checkpoint": "Saving a checkpoint",
 }
@@ -89,9 +91,7 @@ def agreed(agreement: dict[str, Any]) -> str:
     """What the sides were found to have in common."""
     said = []
     for side, found in agreement.items():
-        if side == "losses":
-            said += [f"loss by {name} {value:.6f}" for name, value in found.items()]
-        elif isinstance(found, dict):
+        if isinstance(found, dict):
             values = {kind: max(v) if isinstance(v, list) else v for kind, v in found.items()}
             names = {"full": "losses of the first steps, full captions", "real": "first loss, real captions"}
             said += [f"{side}'s {names.get(kind, kind)} {value:.1e}" for kind, value in values.items()]

@@ -18,7 +18,7 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from measure import OutOfMemory, Side, serve, take_turns
-from records import Record, new_record, say, version, write
+from records import Record, new_record, say, write
 from work import (
     CAPTIONS,
     about_captions,
@@ -233,10 +233,7 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         peers = [side for side in options.sides if side != "ours"]
-        options.weights = ""
-        if peers:
-            absent = [library for library in ("torch", "open_clip_torch") if not version(library)]
-            options.weights = f"{' and '.join(absent)}: not installed" if absent else prepare_weights(options.model, folder)
+        options.weights = prepare_weights(options.model, folder) if peers else ""
         for batch in options.batch:
             try:
                 record = measured(options, batch, folder, kinds)

@@ -148,13 +148,37 @@ def test_embedding(tmp_path):
     is_consistent(record)
 
 
+LOSS = ("--what=loss", "--batch=64", "--width=32", *TOY[2:])
+
+
+def test_the_losses(tmp_path):
+    record = run("kernels.py", tmp_path, *LOSS, "--sides=ours, ring;ours, plain")  # ends with an error where they differ
+    assert record.keys() >= FIELDS and record["agreement"]["ours, plain"].keys() == {"softmax loss", "sigmoid loss"}
+    is_consistent(record)
+
+
+def test_the_classifier(tmp_path):
+    record = run("classifier.py", tmp_path, "--model=toy", "--classes=3", "--few=1", "--rounds=1", "--product=64", "--sides=ours")
+    assert record.keys() >= FIELDS - {"batch"}
+    is_consistent(record)
+
+
+PEERS = {
+    "train_step.py": (*TOY, "--sides=ours,torch"),
+    "encode.py": (*TOY, "--sides=ours,torch"),
+    "classifier.py": ("--model=toy", "--classes=4", "--few=2", "--rounds=1", "--product=64", "--sides=ours,torch"),
+    "kernels.py": LOSS,
+    "data.py": ("--sizes=64x48", "--count=64", "--rounds=1"),
+}
+
+
 @pytest.mark.pytorch
-@pytest.mark.parametrize("script", ["train_step.py", "encode.py"])
-def test_open_clip_computes_the_same(script, tmp_path):
+@pytest.mark.parametrize("script", PEERS)
+def test_open_clip_does_the_same_work(script, tmp_path):
     if importlib.util.find_spec("open_clip") is None:  # importing it here would want torchvision's operators declared first
         pytest.skip("open_clip is not installed; tests/pytorch.txt lists what this test needs")
-    record = run(script, tmp_path, *TOY, "--sides=ours,torch")  # ends with an error where they differ
-    assert record["agreement"]["torch"] and not record["missing"]
+    record = run(script, tmp_path, *PEERS[script])  # ends with an error where they differ
+    assert record["ratios"] and not record["missing"]
     is_consistent(record)
 
 
