@@ -36,7 +36,7 @@ Loss = Callable[[Features, Params], Float[Array, ""]]
 
 def train_step(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     gradients_of: Callable[[Callable, Params, Batch], tuple[Float[Array, ""], Params, Params]],
     draw: Callable[[Int[Array, ""], Batch], Batch],
@@ -61,17 +61,15 @@ def train_step(
 
     loss, gradients, batch_stats = gradients_of(encode, state.params, draw(state.step, batch))
     rate, norm = schedule(schedule_position(state.seen)), optax.tree.norm(gradients)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda update: -rate * update, updates))
-    # The paper's clip at 100 (section 2.5), after the update, so that it holds for whoever reads it.
-    params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
     # By the gradient's norm alone.  A loss that is not finite has a gradient that is not, and on a CPU one more use of
     # the loss rounded it otherwise.  If the new parameters were asked, a second copy of them would have to be held.
     finite = jnp.isfinite(norm)
-    params, batch_stats, optimizer_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, batch_stats, optimizer_state),
-        (state.params, state.batch_stats, state.optimizer),
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, finite=finite)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: -rate * update, updates))
+    # The paper's clip at 100 (section 2.5), after the update, so that it holds for whoever reads it.
+    params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
+    params, batch_stats = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, batch_stats), (state.params, state.batch_stats)
     )
     before = state.mishaps
     mishaps = Mishaps(before.skipped + ~finite, jnp.where(finite, 0, before.skipped_in_a_row + 1), before.rollbacks)

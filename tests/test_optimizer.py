@@ -88,6 +88,18 @@ def test_five_updates_are_those_of_the_paper_in_float64(name):
         np.testing.assert_allclose(found[leaf], array, rtol=0, atol=1.2e-6)  # measured 4.4e-7, of changes of 0.10 to 0.70
 
 
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_stay_where_the_gradient_is_not_finite(name, mu_dtype):
+    optimizer, params = make_optimizer(named(name, mu_dtype)), small_tree(0)
+    _, state = optimizer.update(small_tree(1), optimizer.init(params), params)
+    bad = small_tree(2) | {"bias": np.float32([1, np.nan, np.inf, 0])}
+    _, kept = jax.jit(optimizer.update)(bad, state, params, finite=np.bool_(False))
+    _, moved = jax.jit(optimizer.update)(small_tree(2), state, params, finite=np.bool_(True))
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    assert not np.array_equal(jax.tree.leaves(moved)[-1], jax.tree.leaves(state)[-1])
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_stacked_blocks_move_as_each_by_itself(name):
     optimizer = make_optimizer(named(name))
