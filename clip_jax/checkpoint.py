@@ -77,7 +77,7 @@ class Checkpoints:
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.written = concurrent.futures.Future()
         self.written.set_result(None)
-        self.newest, self.snapshot = self.manager.latest_step(), None
+        self.newest, self.is_finite = self.manager.latest_step(), True
 
     def any(self) -> bool:
         """Whether there is a checkpoint, whole or not; waits for one that is being written; alike on all processes."""
@@ -119,21 +119,20 @@ class Checkpoints:
         with self.writing():
             self.written.result()
         self.newest, self.begun = step, time.monotonic()
-        self.snapshot = Snapshot(state._asdict())
-        about, config = about_state(state, loss), self.config.to_dict()
-        self.written = self.writer.submit(self._write, step, self.snapshot, about, config, data_position)
+        snapshot = Snapshot(state._asdict())
+        self.is_finite, about, config = snapshot.finite, about_state(state, loss), self.config.to_dict()
+        self.written = self.writer.submit(self._write, step, snapshot, about, config, data_position)
 
     def finite(self) -> bool:
         """Whether the state that was last given to `save` is finite, and is written; alike on all processes."""
-        snapshot, self.snapshot = self.snapshot, None
-        finite = snapshot is None or snapshot.finite()
+        finite, self.is_finite = bool(self.is_finite), True
         if not finite:
             self.newest = None
         return finite
 
     def _write(self, step: int, snapshot: Snapshot, about: dict, config: dict, data_position: dict) -> None:
         """In the writer's thread, where processes wait for each other without their devices, which are at work."""
-        if not snapshot.finite():
+        if not snapshot.finite:
             return
         if self.config.keep_best:
             self.losses[step] = about["loss"]

@@ -24,11 +24,7 @@ class Snapshot:
     def __init__(self, tree: Any):
         leaves, self._structure = jax.tree.flatten(tree)
         compiled = program(tuple(leaf.sharding for leaf in leaves), tuple(leaf.shape for leaf in leaves))
-        self._sums, self._finite, self._arrays = compiled(leaves)
-
-    def finite(self) -> bool:
-        """Whether all numbers are finite; the same on all processes."""
-        return bool(self._finite)
+        self._sums, self.finite, self._arrays = compiled(leaves)  # finite: whether all numbers are, to be asked later
 
     def digests(self) -> dict[str, int]:
         """The `bit_sum` of each array by its path, the same on all processes."""
@@ -42,6 +38,7 @@ class Snapshot:
 @functools.cache
 def program(shardings: tuple[Sharding, ...], shapes: tuple[tuple[int, ...], ...]) -> Callable:
     """What makes a snapshot of arrays that are laid out so."""
+
     def snapshot(leaves: list[Array]) -> tuple[UInt32[Array, " N"], Bool[Array, ""], list[Array]]:
         # Behind the barrier they are arrays of their own, and no part of the reductions, which would be slower by it.
         return *bit_sums(leaves), jax.lax.optimization_barrier(leaves)

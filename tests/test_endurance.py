@@ -167,11 +167,11 @@ def test_a_digest_sees_every_bit_and_no_mesh():
     for spec in ((), ("data",), ("fsdp", "tensor"), (None, ("data", "fsdp"))):
         there = jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
         snapshot = Snapshot({"x": there})
-        assert snapshot.digests() == digests({"x": there}) == {"x": expected} and snapshot.finite()
+        assert snapshot.digests() == digests({"x": there}) == {"x": expected} and snapshot.finite
     for dtype in (jnp.bfloat16, jnp.int32, jnp.uint8):
-        assert Snapshot([jnp.ones((3,), dtype), jnp.ones((), dtype)]).finite()
+        assert Snapshot([jnp.ones((3,), dtype), jnp.ones((), dtype)]).finite
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
-        assert not Snapshot([jnp.ones(3), jnp.array([1.0, bad])]).finite() and not Snapshot([jnp.float32(bad)]).finite()
+        assert not Snapshot([jnp.ones(3), jnp.array([1.0, bad])]).finite and not Snapshot([jnp.float32(bad)]).finite
 
 
 @pytest.fixture(scope="module")
