@@ -7,6 +7,7 @@ Every number in a table is from a file there; what is said about them, what was 
 
 import json
 import pathlib
+import statistics
 import sys
 from typing import Any
 
@@ -65,8 +66,9 @@ def section(record: dict[str, Any]) -> str:
     if captions:
         lines.append(f"- Real captions: {captions['law']}; mean {captions['mean_tokens']:.1f}, longest {captions['longest']}")
     for side, about in record["sides"].items():
-        if whole := about.get("facts", {}).get("until_on_disk"):
-            lines.append(f"- {side}: until on disk {', '.join(f'{seconds:.2f}' for seconds in whole)} s")
+        for fact, seconds in about.get("facts", {}).items():
+            if fact.startswith("until_") and seconds:
+                lines.append(f"- {side}: {fact.replace('_', ' ')} {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
     lines += [f"- {agreed(record['agreement'])}"] if record.get("agreement") else []
     lines += [f"- {note[0].upper()}{note[1:]}" for note in record.get("notes", ())]
     dirty = " with changes" if record["dirty"] else ""
