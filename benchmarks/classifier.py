@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from measure import Side, serve, take_turns
 from records import Record, new_record, say, write
-from work import architecture, open_clips, our_params, prepare_weights
+from work import architecture, check_cosines, open_clips, our_params, prepare_weights
 
 AT_ONCE = 10  # classes, as open_clip's default has it
 # Of 1 - cosine.  Measured 1.2e-7 (ViT-B/32) in float32; in bfloat16 as for single texts, encode.py.
@@ -100,11 +100,7 @@ def main(options: argparse.Namespace) -> None:
 
         take_turns(__file__, sides, about | {"folder": folder}, record, options.rounds, 0, options.product, {}, after, complete)
     say(record)
-    for side, found in record["agreement"].items():
-        if isinstance(found, dict):
-            print(f"  largest difference of a cosine from 1, ours and {side}'s: {found['1 - cosine']:.1e}")
-            if not found["1 - cosine"] <= record["agreement"]["tolerance"]:
-                sys.exit(f"error: {side}: classifiers differ, expected at most {record['agreement']['tolerance']:.0e}")
+    check_cosines(record)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from work import (
     architecture,
     caption_lengths,
     captions,
+    check_cosines,
     open_clips,
     our_params,
     pictures,
@@ -135,11 +136,7 @@ def main(options: argparse.Namespace) -> None:
                 print(f"  a batch of {batch:,} does not fit: {error}", flush=True)
                 continue
             say(record)
-            for side, found in record["agreement"].items():
-                if isinstance(found, dict):
-                    print(f"  largest difference of a cosine from 1, ours and {side}'s: {found['1 - cosine']:.1e}")
-                    if not found["1 - cosine"] <= record["agreement"]["tolerance"]:
-                        sys.exit(f"error: {side}: features differ, expected at most {record['agreement']['tolerance']:.0e}")
+            check_cosines(record)
             return
     sys.exit("error: no batch fits; give a smaller one with --batch")
 

@@ -17,7 +17,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from parity import torchvision_without_gpu
+from without_gpu import torchvision_without_gpu
 
 from clip_jax import tokenize as ours
 from clip_jax.evaluation.emoji import load_emoji

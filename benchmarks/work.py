@@ -108,15 +108,11 @@ def our_params(config, folder: pathlib.Path) -> Any:
 
 
 def import_open_clip() -> Any:
-    """open_clip's `model` module; torchvision's wheel for GPUs imports without one if these operators are declared."""
-    import torch
+    """open_clip's `model` module, also where torchvision's wheel is for GPUs and there is none."""
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
+    from without_gpu import torchvision_without_gpu
 
-    operators = torch.library.Library("torchvision", "DEF")
-    try:
-        operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        pass  # a build for the CPU has them
+    operators = torchvision_without_gpu()
     import open_clip.model
 
     open_clip.model.operators = operators  # which end with this object
@@ -147,6 +143,16 @@ def ready_pictures(count: int, document: dict, device: str) -> Any:
     x = torch.from_numpy(pictures(count, document["model_cfg"]["vision_cfg"]["image_size"])).to(device).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(about[name], device=device)[None, :, None, None] for name in ("mean", "std"))
     return ((x - mean) / std).contiguous()
+
+
+def check_cosines(record: dict[str, Any]) -> None:
+    """Says how far ours is from the others, and ends with an error where that is more than the record's tolerance."""
+    limit = record["agreement"]["tolerance"]
+    for side, found in record["agreement"].items():
+        if isinstance(found, dict):
+            print(f"  largest difference of a cosine from 1, ours and {side}'s: {found['1 - cosine']:.1e}")
+            if not found["1 - cosine"] <= limit:
+                sys.exit(f"error: {side}: features differ, expected at most {limit:.0e}")
 
 
 if __name__ == "__main__":

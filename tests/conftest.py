@@ -73,7 +73,7 @@ def files(tmp_path) -> pathlib.Path:
 def builder():
     """CLIP_benchmark's reader."""
     pytest.importorskip("clip_benchmark", reason="needs clip_benchmark: pip install --no-deps clip_benchmark==1.6.2 webdataset")
-    from parity import torchvision_without_gpu
+    from without_gpu import torchvision_without_gpu
 
     operators = torchvision_without_gpu()
     from clip_benchmark.datasets import builder

@@ -21,6 +21,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from weights import rich_weights
+from without_gpu import torchvision_without_gpu
 
 from clip_jax.convert import sample_inputs
 from clip_jax.models import ARCHITECTURES, CLIPConfig
@@ -43,19 +44,6 @@ MODELS = (
     + ("ViT-B-16-SigLIP", "ViT-L-16-SigLIP-256", "ViT-SO400M-14-SigLIP", "ViT-B-16-SigLIP2", "ViT-gopt-16-SigLIP2-256")
 )
 Outputs = dict[str, np.ndarray]
-
-
-def torchvision_without_gpu() -> object:
-    """torchvision's wheel for GPUs imports on a machine without one if these operators are declared."""
-    import torch
-
-    operators = torch.library.Library("torchvision", "DEF")
-    try:
-        operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        pass  # a build for the CPU has them
-    return operators
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

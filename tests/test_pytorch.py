@@ -17,10 +17,11 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from parity import measure, relative_error, shallow, torchvision_without_gpu
+from parity import measure, relative_error, shallow
 from test_tokenizer import GOLDEN
 from vocabulary import write_vocabulary
 from weights import LAYOUTS, SMALL, rich_weights
+from without_gpu import torchvision_without_gpu
 
 import clip_jax
 from clip_jax import convert, diffusion, images, pretrained, tokenizer
