@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from clip_jax.evaluation.encoder import AXES
 from clip_jax.evaluation.scores import ranks_of, retrieval_metrics
+from clip_jax.sharding import data_mesh
 
 COMPARED = 400  # queries of each direction
 
@@ -51,7 +51,7 @@ def dense(queries: np.ndarray, keys: np.ndarray, own: np.ndarray) -> tuple[np.nd
 
 def main(count: int = 200_000, width: int = 512) -> None:
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    mesh = jax.make_mesh((len(jax.devices()), 1, 1), AXES)
+    mesh = data_mesh()
     images, texts = pairs(count, width)
     owners = np.arange(count)
     print(f"jax {jax.__version__}, {len(jax.devices())} {jax.devices()[0].platform} device(s); {count:,} x {count:,} of {width} numbers")

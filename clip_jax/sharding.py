@@ -56,6 +56,12 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices, or these, each of which has a part of what there is and the whole model."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis of a batch is split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH))

@@ -6,12 +6,11 @@ import pytest
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation.scores import ROWS, classification_metrics, ranks_of, retrieval_metrics, share
-from clip_jax.sharding import AXES
+from clip_jax.sharding import data_mesh
 
 
 def mesh(devices: int = 1) -> jax.sharding.Mesh:
-    types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh((devices, 1, 1), AXES, axis_types=types, devices=jax.devices()[:devices])
+    return data_mesh(jax.devices()[:devices])
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -22,8 +21,8 @@ def features(count: int, seed: int, width: int = 16) -> np.ndarray:
     return unit(np.random.default_rng(seed).standard_normal((count, width)))
 
 
-def classified(images: np.ndarray, classes: np.ndarray, labels: np.ndarray, devices: int = 1) -> dict[str, float]:
-    ranks = ranks_of(images, classes, labels, np.arange(len(classes)), mesh(devices), first_wins=True)
+def classified(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    ranks = ranks_of(images, classes, labels, np.arange(len(classes)), mesh(), first_wins=True)
     return classification_metrics(ranks, labels, len(classes))
 
 
@@ -74,6 +73,11 @@ def test_any_number_of_devices_and_of_rows_at_once_gives_the_dense_ranks(devices
         monkeypatch.setattr("clip_jax.evaluation.scores.ROWS", elements)
         assert (ranks_of(texts, images, owners, np.arange(53), mesh(devices)) == dense).all()
         assert (ranks_of(images, texts, np.arange(53), owners, mesh(devices)) == dense_texts).all()
+        # As classes, of equal ones the first wins; of signs, whose products have no rounding and often tie.
+        cosines, labels = np.sign(images) @ np.sign(texts[:13]).T, np.arange(53) % 13
+        own = cosines[np.arange(53), labels][:, None]
+        before = (cosines > own) | (cosines == own) & (np.arange(13)[None] < labels[:, None])
+        assert (ranks_of(np.sign(images), np.sign(texts[:13]), labels, np.arange(13), mesh(devices), True) == before.sum(axis=1)).all()
 
 
 def test_what_cannot_be_is_named():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from clip_jax import images
@@ -18,7 +18,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import CLIP
 from clip_jax.models.clip import l2_normalize
 from clip_jax.models.text import TextTransformer
-from clip_jax.sharding import AXES, batch_sharding, local_rows
+from clip_jax.sharding import batch_sharding, data_mesh, local_rows
 from clip_jax.tokenizer import Tokenizer, tokenize
 
 BATCH = 256  # pictures or texts encoded at once, unless told otherwise
@@ -48,9 +48,8 @@ class Encoder:
           devices: all, if not given.
         """
         self.config = model.config
-        devices = jax.devices() if devices is None else devices
-        self.mesh = jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-        self.batch_size = -(-batch_size // len(devices)) * len(devices)
+        self.mesh = data_mesh(devices)
+        self.batch_size = -(-batch_size // self.mesh.devices.size) * self.mesh.devices.size
         if tokenizer is None and self.config.tokenizer == "openai":
             tokenizer = functools.partial(tokenize, context_length=self.config.text.context_length)
         self.tokenizer = tokenizer
@@ -155,7 +154,7 @@ class Encoder:
 
     def prompts(self, names: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "C P E"]:
         """Features of every template with every name in it.  The tokens with which a template begins are computed once."""
-        every = [self._tokenize([template.format(name) for name in names], truncate=True) for template in templates]
+        every = [self._tokenize([template.replace("{}", name) for name in names], truncate=True) for template in templates]
         if not self.causal or len(names) < SHARED_FROM:
             return self.tokens(np.concatenate(every)).reshape(len(templates), len(names), -1).swapaxes(0, 1)
         return np.stack([self._after_prefix(tokens) for tokens in every], axis=1)

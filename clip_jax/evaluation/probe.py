@@ -1,4 +1,4 @@
-"""Classification from frozen features: linear probe, few-shot linear probe and nearest neighbours.
+"""Classification from frozen features: linear probe and few-shot linear probe.
 
 The linear probe follows Radford et al. 2021 (arXiv 2103.00020, appendix A.3): logistic regression by L-BFGS, at most
 1,000 iterations, its strength of regularisation found on a validation part.  C is that of scikit-learn's
@@ -7,6 +7,9 @@ The linear probe follows Radford et al. 2021 (arXiv 2103.00020, appendix A.3): l
     C * sum_n cross_entropy(x_n W + b, y_n) + 1/2 ||W||^2        with no penalty on b.
 
 Features are taken as they come, in float32; normalise them first where a protocol says so (CLIP_benchmark does).
+
+Every device has a part of the rows, padded to a multiple of the devices: of a fit, the training rows, whose losses and
+gradients are summed over the devices; of a prediction, the rows that are predicted.  `mesh` is that of all devices, if not given.
 """
 
 import functools
@@ -17,18 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation.scores import mean_per_class_recall
+from clip_jax.evaluation.rows import block, blocks, by_rows, put, split
+from clip_jax.evaluation.scores import recall, share
+from clip_jax.sharding import BATCH, data_mesh
 
 ITERATIONS = 1000  # of L-BFGS at most, as in the paper
 TOLERANCE = 1e-5  # of `Fit.gradient`, where L-BFGS ends
 GRID = np.logspace(-6, 6, 97)  # of C: eight steps a decade
 VALIDATION = 5  # one sample in this many of each class, where no validation part is given
 FEW_SHOT_C = 10.0  # see `few_shot`; a tenth loses up to 6 points at 16 shots, and a thousandfold wins 2 (synthetic classes)
-BLOCK = 8192  # samples whose logits are held at once
-NEIGHBOUR_BLOCK = 512  # test samples whose similarities with a block of training samples are held at once
 
 Part = tuple[Float[np.ndarray, "V _"], Int[np.ndarray, "V"]]  # features, labels
 
@@ -50,6 +54,7 @@ def linear_probe(
     classes: int,
     validation: Part | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """The paper's linear probe: C by a search on a validation part, then a fit to training and validation together.
 
@@ -59,30 +64,31 @@ def linear_probe(
 
     Returns:
       CLIP_benchmark's `lp_acc1`, `lp_acc5` (1 with five classes or fewer, where CLIP_benchmark has NaN) and
-      `lp_mean_per_class_recall`; `C`, and the `iterations` of the last fit.
+      `lp_mean_per_class_recall`, with chance and interval as in scores.py; `C`, and the `iterations` of the last fit.
     """
-    train_features, train_labels = _part("train", train_features, train_labels, classes)
-    test_features, test_labels = _part("test", test_features, test_labels, classes, train_features)
-    _need(train_labels, classes, 1, "training")
+    train_features, train_labels = checked("train", train_features, train_labels, classes)
+    test_features, test_labels = checked("test", test_features, test_labels, classes, train_features)
+    need_samples(train_labels, classes, 1, "training")
     if validation is None:
         held_out = _stratified(train_labels, classes, seed)
         features, labels = train_features, train_labels
     else:
-        more_features, more_labels = _part("validation", *validation, classes, train_features)
+        more_features, more_labels = checked("validation", *validation, classes, train_features)
         features, labels = np.concatenate([train_features, more_features]), np.concatenate([train_labels, more_labels])
         held_out = np.arange(len(labels)) >= len(train_labels)
 
     # What is held out has weight zero in the search: one array, one shape, one compilation, and no second copy.
-    features, labels = jnp.asarray(features), jnp.asarray(labels, jnp.int32)
-    searched = jnp.asarray(~held_out, jnp.float32)
+    mesh = mesh or data_mesh()
+    rows = split(features, mesh), split(labels.astype(np.int32), mesh)
+    searched = split((~held_out).astype(np.float32), mesh)
 
     def validation_accuracy(C: float) -> float:
-        right = np.asarray(_top(_fit(features, labels, searched, C, classes), features, 1)[:, 0] == labels)
-        return float(right[held_out].mean())
+        top = np.asarray(_top(_fit(*rows, searched, C, classes, mesh), rows[0], 1, mesh))
+        return float((top[: len(labels), 0] == labels)[held_out].mean())
 
     C = search(validation_accuracy)
-    fit = _fit(features, labels, jnp.ones_like(searched), C, classes)
-    return _metrics("lp_", fit, test_features, test_labels) | {"C": C, "iterations": int(fit.iterations)}
+    fit = _fit(*rows, split(np.ones(len(labels), np.float32), mesh), C, classes, mesh)
+    return _metrics("lp_", fit, test_features, test_labels, mesh) | {"C": C, "iterations": int(fit.iterations)}
 
 
 def few_shot(
@@ -93,6 +99,7 @@ def few_shot(
     classes: int,
     shots: tuple[int, ...] = (1, 2, 4, 8, 16),
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> dict[int, dict[str, float]]:
     """The linear probe on a few samples of each class.
 
@@ -108,64 +115,33 @@ def few_shot(
     Returns:
       The metrics of `linear_probe` by number of samples a class.
     """
-    train_features, train_labels = _part("train", train_features, train_labels, classes)
-    test_features, test_labels = _part("test", test_features, test_labels, classes, train_features)
+    train_features, train_labels = checked("train", train_features, train_labels, classes)
+    test_features, test_labels = checked("test", test_features, test_labels, classes, train_features)
     if not shots or min(shots) < 1:
         raise UserError(f"shots: expected numbers of samples from 1, found {shots}; the usual ones are (1, 2, 4, 8, 16)")
     drawn = draw(train_labels, classes, max(shots), seed)
     # One array for all counts, those beyond the count with weight zero: one compilation.
-    features, labels = jnp.asarray(train_features[drawn.ravel()]), jnp.asarray(train_labels[drawn.ravel()], jnp.int32)
-    spread = float(jnp.var(features, axis=0).sum())
+    mesh, features = mesh or data_mesh(), train_features[drawn.ravel()]
+    spread = float(np.var(features, axis=0).sum())
     C = FEW_SHOT_C / spread if spread else FEW_SHOT_C
+    rows = split(features, mesh), split(train_labels[drawn.ravel()].astype(np.int32), mesh)
     results = {}
     for n in shots:
         counted = np.broadcast_to(np.arange(max(shots)) < n, drawn.shape).ravel()
-        fit = _fit(features, labels, jnp.asarray(counted, jnp.float32), C, classes)
-        results[n] = _metrics("lp_", fit, test_features, test_labels) | {"C": C, "iterations": int(fit.iterations)}
+        fit = _fit(*rows, split(counted.astype(np.float32), mesh), C, classes, mesh)
+        results[n] = _metrics("lp_", fit, test_features, test_labels, mesh) | {"C": C, "iterations": int(fit.iterations)}
     return results
 
 
-def knn(
-    train_features: Float[np.ndarray, "N D"],
-    train_labels: Int[np.ndarray, "N"],
-    test_features: Float[np.ndarray, "M _"],
-    test_labels: Int[np.ndarray, "M"],
-    classes: int,
-    k: int = 20,
-) -> dict[str, float]:
-    """The class that is most frequent among the `k` training samples of highest cosine.
-
-    Ties: of equally frequent classes, the one with the nearest sample; of equally near samples, the earlier one.
-    No more than a block of similarities is held, whatever N and M.
-
-    Returns:
-      `knn_acc1`, `knn_mean_per_class_recall` and `k`.
-    """
-    train_features, train_labels = _part("train", train_features, train_labels, classes)
-    test_features, test_labels = _part("test", test_features, test_labels, classes, train_features)
-    _need(train_labels, classes, 1, "training")
-    if not 1 <= k <= len(train_labels):
-        raise UserError(f"k: expected 1 to {len(train_labels)}, the number of training samples, found {k}")
-    found = _neighbours(*(_unit(*part) for part in (("train", train_features), ("test", test_features))), k)
-    votes = train_labels[np.asarray(found)]
-    predicted = np.empty_like(test_labels)
-    for i in range(0, len(votes), NEIGHBOUR_BLOCK):
-        block = votes[i : i + NEIGHBOUR_BLOCK]
-        shares = (block[:, :, None] == block[:, None, :]).sum(axis=2)  # how many of the k have each one's class
-        predicted[i : i + NEIGHBOUR_BLOCK] = block[np.arange(len(block)), shares.argmax(axis=1)]  # of equals, the nearest
-    return {
-        "knn_acc1": float((predicted == test_labels).mean()),
-        "knn_mean_per_class_recall": mean_per_class_recall(predicted == test_labels, test_labels),
-        "k": k,
-    }
-
-
-def fit(features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], classes: int, C: float) -> Fit:
+def fit(
+    features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], classes: int, C: float, mesh: Mesh | None = None
+) -> Fit:
     """The logistic regression at one C, by L-BFGS from zero."""
-    features, labels = _part("train", features, labels, classes)
+    features, labels = checked("train", features, labels, classes)
     if not (np.isfinite(C) and C > 0):
         raise UserError(f"C: expected a number above 0, found {C}; 1 is scikit-learn's")
-    return _fit(jnp.asarray(features), jnp.asarray(labels, jnp.int32), jnp.ones(len(labels)), float(C), classes)
+    mesh, every = mesh or data_mesh(), np.ones(len(labels), np.float32)
+    return _fit(*(split(x, mesh) for x in (features, labels.astype(np.int32), every)), float(C), classes, mesh)
 
 
 def search(score: Callable[[float], float]) -> float:
@@ -188,18 +164,19 @@ def search(score: Callable[[float], float]) -> float:
 
 def draw(labels: Int[np.ndarray, "N"], classes: int, shots: int, seed: int) -> Int[np.ndarray, "K n"]:
     """`shots` samples of each class, a row each; fewer shots with the same seed are the first of them."""
-    _need(labels, classes, shots, "training")
+    need_samples(labels, classes, shots, "training")
     order, place = _shuffled_by_class(labels, classes, seed)
     return order[place < shots].reshape(classes, shots)
 
 
-@functools.partial(jax.jit, static_argnames="classes")
+@functools.partial(jax.jit, static_argnames=("classes", "mesh"))
 def _fit(
     features: Float[Array, "N D"],
     labels: Int[Array, "N"],
     sample_weights: Float[Array, "N"],
     C: float | Float[Array, ""],
     classes: int,
+    mesh: Mesh,
 ) -> Fit:
     """Minimises the objective over C * N, the mean, which float32 holds for every N and C of the search.
 
@@ -214,20 +191,27 @@ def _fit(
     scale = jnp.sqrt(variance + classes / (C * total))
     strength = 1 / (C * total * jnp.square(scale))
 
-    def cross_entropy(parameters, i):
-        (x, y, w), fresh = _block(i, features, labels, sample_weights)
-        weights, bias = parameters
-        logits = jnp.dot((x - mean[None]) / scale, weights, precision="highest") + bias[None]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return jnp.sum(losses * w * fresh) / total
+    def on_device(features, labels, sample_weights, mean, scale, total, parameters):
+        def cross_entropy(parameters, i):
+            (x, y, w), fresh = block(i, features, labels, sample_weights)
+            weights, bias = parameters
+            logits = jnp.dot((x - mean[None]) / scale, weights, precision="highest") + bias[None]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+            return jnp.sum(losses * w * fresh) / total
 
-    def value_and_gradient(parameters):
         def add(i, sums):
             return jax.tree.map(jnp.add, sums, jax.value_and_grad(cross_entropy)(parameters, i))
 
-        weights, bias = parameters
-        penalty = 0.5 * strength * jnp.sum(jnp.square(weights))
-        return jax.lax.fori_loop(0, _blocks(features), add, (penalty, (strength * weights, jnp.zeros_like(bias))))
+        none = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
+        return jax.lax.psum(jax.lax.fori_loop(0, blocks(features), add, none), BATCH)
+
+    rows, whole = PartitionSpec(BATCH), PartitionSpec()
+    over_devices = jax.shard_map(on_device, mesh=mesh, in_specs=(rows,) * 3 + (whole,) * 4, out_specs=whole, check_vma=False)
+
+    def value_and_gradient(parameters):
+        loss, (of_weights, of_bias) = over_devices(features, labels, sample_weights, mean, scale, total, parameters)
+        penalty = 0.5 * strength * jnp.sum(jnp.square(parameters[0]))
+        return penalty + loss, (strength * parameters[0] + of_weights, of_bias)
 
     # The gradient is found block by block with the value, so that no block's logits are kept for a backward pass.
     @jax.custom_vjp
@@ -258,67 +242,30 @@ def _fit(
         unfinished, iterate, (jnp.int32(0), zero, optimizer.init(zero), jnp.float32(jnp.inf))
     )
     weights = weights / scale
-    return Fit(weights, bias - jnp.dot(mean, weights, precision="highest"), step, gradient)
+    found = Fit(weights, bias - jnp.dot(mean, weights, precision="highest"), step, gradient)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, whole))
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def _top(fit: Fit, features: Float[Array, "M D"], k: int) -> Int[Array, "M k"]:
+@functools.partial(jax.jit, static_argnames=("k", "mesh"))
+def _top(fit: Fit, features: Float[Array, "M D"], k: int, mesh: Mesh) -> Int[Array, "M k"]:
     """The `k` classes of highest logit, best first."""
 
-    def classify(i, top):
-        (x,), _ = _block(i, features)
-        logits = jnp.dot(x, fit.weights, precision="highest") + fit.bias[None]
-        return _put(top, i, jax.lax.top_k(logits, k)[1])
+    def on_device(fit, features):
+        def classify(i, top):
+            (x,), _ = block(i, features)
+            logits = jnp.dot(x, fit.weights, precision="highest") + fit.bias[None]
+            return put(top, i, jax.lax.top_k(logits, k)[1])
 
-    return jax.lax.fori_loop(0, _blocks(features), classify, jnp.zeros((len(features), k), jnp.int32))
+        return jax.lax.fori_loop(0, blocks(features), classify, jnp.zeros((len(features), k), jnp.int32))
 
-
-@functools.partial(jax.jit, static_argnames="k")
-def _neighbours(train: Float[Array, "N D"], test: Float[Array, "M D"], k: int) -> Int[Array, "M k"]:
-    """The rows of `train` with the highest products, highest first; of equals, the earlier row first."""
-
-    def of_block(i, found):
-        (queries,), _ = _block(i, test, size=NEIGHBOUR_BLOCK)
-
-        def merge(j, best):
-            (x, rows), fresh = _block(j, train, jnp.arange(len(train)))
-            similarity = jnp.where(fresh[None], jnp.dot(queries, x.T, precision="highest"), -jnp.inf)
-            # The best so far come from earlier rows, and `top_k` prefers what stands first.
-            scores = jnp.concatenate([best[0], similarity], axis=1)
-            rows = jnp.concatenate([best[1], jnp.broadcast_to(rows[None], similarity.shape)], axis=1)
-            scores, places = jax.lax.top_k(scores, k)
-            return scores, jnp.take_along_axis(rows, places, axis=1)
-
-        none = (jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32))
-        return _put(found, i, jax.lax.fori_loop(0, _blocks(train), merge, none)[1], size=NEIGHBOUR_BLOCK)
-
-    return jax.lax.fori_loop(0, _blocks(test, NEIGHBOUR_BLOCK), of_block, jnp.zeros((len(test), k), jnp.int32))
+    return by_rows(on_device, mesh)(fit, features)
 
 
-def _blocks(rows: Array, size: int = BLOCK) -> int:
-    return -(-len(rows) // size)
-
-
-def _block(i: Int[Array, ""], *arrays: Array, size: int = BLOCK) -> tuple[list[Array], Array]:
-    """Rows of block `i`, and which of them are new: the last block begins early enough to be whole, without padding."""
-    size = min(size, len(arrays[0]))
-    start = jnp.minimum(i * size, len(arrays[0]) - size)
-    return [jax.lax.dynamic_slice_in_dim(a, start, size) for a in arrays], start + jnp.arange(size) >= i * size
-
-
-def _put(rows: Array, i: Int[Array, ""], block: Array, size: int = BLOCK) -> Array:
-    """Writes a result where `_block` took its rows from."""
-    return jax.lax.dynamic_update_slice_in_dim(rows, block, i * size, 0)  # clamped as the start above
-
-
-def _metrics(prefix: str, fit: Fit, features: Float[np.ndarray, "M D"], labels: Int[np.ndarray, "M"]) -> dict[str, float]:
-    top = np.asarray(_top(fit, jnp.asarray(features), min(5, len(fit.bias))))
-    right = top == labels[:, None]
-    return {
-        f"{prefix}acc1": float(right[:, 0].mean()),
-        f"{prefix}acc5": float(right.any(axis=1).mean()),
-        f"{prefix}mean_per_class_recall": mean_per_class_recall(top[:, 0] == labels, labels),
-    }
+def _metrics(prefix: str, fit: Fit, features: Float[np.ndarray, "M D"], labels: Int[np.ndarray, "M"], mesh: Mesh) -> dict[str, float]:
+    classes = len(fit.bias)
+    right = np.asarray(_top(fit, split(features, mesh), min(5, classes), mesh))[: len(labels)] == labels[:, None]
+    metrics = share(f"{prefix}acc1", right[:, 0], 1 / classes) | share(f"{prefix}acc5", right.any(axis=1), 5 / classes)
+    return metrics | recall(f"{prefix}mean_per_class_recall", right[:, 0], labels, classes)
 
 
 def _shuffled_by_class(labels: np.ndarray, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -344,7 +291,7 @@ def _stratified(labels: np.ndarray, classes: int, seed: int) -> np.ndarray:
     return held_out
 
 
-def _part(
+def checked(
     name: str, features: np.ndarray, labels: np.ndarray, classes: int, like: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The features in float32 and the labels, both found to be sound; `like` is of the width that is expected."""
@@ -367,7 +314,7 @@ def _part(
     return features, labels
 
 
-def _need(labels: np.ndarray, classes: int, shots: int, name: str) -> None:
+def need_samples(labels: np.ndarray, classes: int, shots: int, name: str) -> None:
     """Every class has `shots` samples."""
     counts = np.bincount(labels, minlength=classes)
     if counts.min() < shots:
@@ -376,11 +323,3 @@ def _need(labels: np.ndarray, classes: int, shots: int, name: str) -> None:
             f"{name} labels: expected {shots} or more samples of each of {classes} classes, found {counts[few[0]]} of class {few[0]}"
             f" ({len(few)} such classes); add samples, or number the classes without them"
         )
-
-
-def _unit(name: str, features: np.ndarray) -> Array:
-    """Rows of length 1."""
-    lengths = np.linalg.norm(features, axis=1, keepdims=True)
-    if not lengths.all():
-        raise UserError(f"{name} features: expected directions, found only zeros in row {int(lengths.argmin())}; encode that sample again")
-    return jnp.asarray(features / lengths)

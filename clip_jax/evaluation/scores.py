@@ -32,7 +32,12 @@ def classification_metrics(ranks: Int[np.ndarray, "N"], labels: Int[np.ndarray, 
       ranks: how many classes are before the true one.
     """
     metrics = share("acc1", ranks < 1, 1 / classes) | share("acc5", ranks < 5, 5 / classes)
-    return metrics | {"mean_per_class_recall": mean_per_class_recall(ranks < 1, labels), "mean_per_class_recall_chance": 1 / classes}
+    return metrics | recall("mean_per_class_recall", ranks < 1, labels, classes)
+
+
+def recall(name: str, right: Bool[np.ndarray, "N"], labels: Int[np.ndarray, "N"], classes: int) -> dict[str, float]:
+    """The mean per-class recall, with its chance level."""
+    return {name: mean_per_class_recall(right, labels), f"{name}_chance": 1 / classes}
 
 
 def mean_per_class_recall(right: Bool[np.ndarray, "N"], labels: Int[np.ndarray, "N"]) -> float:
