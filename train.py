@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> None:
     from clip_jax.figures import draw_figures  # matplotlib takes a second, which no start of training should
 
     model = model_of(on_every_host((state.params, state.batch_stats)), config)
-    results, _ = Measurement(Encoder(model), model.config.name, str(workdir)).of("emoji")
+    results = [record for record, _ in Measurement(Encoder(model), model.config.name, str(workdir)).of("emoji")]
     if is_first():
         write_results(workdir / "results.json", results)
         draw_figures(model, workdir)

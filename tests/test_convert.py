@@ -10,6 +10,7 @@ from conftest import ROOT
 from weights import LAYOUTS, SMALL, rich_weights
 
 import clip_jax
+import eval as program
 from clip_jax import convert, pretrained
 from clip_jax.errors import UserError
 from clip_jax.pytorch import files, hf_configs, layouts
@@ -95,6 +96,8 @@ def test_a_text_encoder_alone_is_a_model(projection, tmp_path):
         model.encode_image(np.zeros((1, 32, 32, 3), np.float32))
     with pytest.raises(UserError, match="image_size 64: text-encoder is a text encoder alone"):
         clip_jax.load(tmp_path / "back", image_size=64)
+    with pytest.raises(UserError, match="--checkpoint=.*: a text encoder alone, expected a CLIP"):
+        program.main([f"--checkpoint={tmp_path / 'back'}"])
     for target in ("openai", "open_clip", "hf"):
         with pytest.raises(UserError, match=f"text-encoder is a text encoder alone, which {target} cannot express"):
             convert.main([str(tmp_path / "back"), str(tmp_path / "refused.pt"), "--to", target])

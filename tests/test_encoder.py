@@ -63,6 +63,8 @@ def test_the_classifier_is_the_mean_of_normalised_prompts(model, names):
     prompts = np.stack([padded(model, [template.format(n) for n in names[:9]]) for template in ("{}", "a picture of {}")], 1)
     np.testing.assert_allclose(np.linalg.norm(prompts, axis=-1), 1, atol=1.8e-7)  # measured 6e-8
     np.testing.assert_allclose(classifier, unit(prompts.mean(1)), atol=2.2e-7)  # measured 7.5e-8
+    twice, once = Encoder(model).prompts(["cat"], ["a {}, and a {}"]), Encoder(model).texts(["a cat, and a cat"])
+    assert (twice[0] == once).all()
 
 
 def test_pictures_are_the_same_in_any_batch_and_on_any_number_of_devices(model):
@@ -101,7 +103,7 @@ def test_pictures_come_as_bytes_or_as_pixels_and_a_broken_one_is_named(model):
 
 
 def test_an_untrained_model_is_at_chance(model):
-    records, _ = Measurement(Encoder(model), "emoji", "random").of("emoji")
+    records = [record for record, _ in Measurement(Encoder(model), "emoji", "random").of("emoji")]
     assert [(r["dataset"], r["task"]) for r in records] == [
         ("emoji_fluent", "zeroshot_classification"),
         ("emoji_held_out", "zeroshot_retrieval"),
@@ -116,5 +118,5 @@ def test_other_pictures_can_be_measured(model):
     whole = load_emoji("noto_v1", "train")
     assert len(whole.pictures) == 1217 and len(EMOJI_TEMPLATES) == 7
     part = Emoji(whole.pictures[:40], whole.labels[:40], np.arange(20), whole.class_names)
-    records, _ = Measurement(Encoder(model), "emoji", "random").emoji(part)
+    records = [record for record, _ in Measurement(Encoder(model), "emoji", "random").emoji(part)]
     assert records[1]["metrics"]["text_retrieval_recall@10_chance"] == 0.5

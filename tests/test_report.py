@@ -17,7 +17,7 @@ import PIL.Image
 import pytest
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation.report import Classified, Retrieved, confusion, most_confused, write_report
+from clip_jax.evaluation.report import Classified, Retrieved, confusion, most_confused, some_of, write_report
 
 
 class Browser:
@@ -105,10 +105,11 @@ def retrieved() -> Retrieved:
     owners = np.repeat(np.arange(12), 2)
     captions = [f"{i}: {HOSTILE[i % len(HOSTILE)]}" for i in range(24)]
     similarity = rng.normal(size=(12, 12)) * 0.4 + 0.3 * np.eye(12)
-    best_images = np.argsort(-similarity[:, owners].T, axis=1)[:, :3]
-    best_texts = np.argsort(-rng.random((12, 24)), axis=1)[:, :3]
-    best_texts[0, 1] = 1  # the second caption of the first picture is found
-    return Retrieved("captioned " + NASTY, captions, owners, best_images, best_texts, picture, similarity)
+    best_images = dict(enumerate(np.argsort(-similarity[:, owners].T, axis=1)[:, :3]))
+    best_texts = dict(enumerate(np.argsort(-rng.random((12, 24)), axis=1)[:, :3]))
+    best_texts[0][1] = 1  # the second caption of the first picture is found
+    shown = [{i: found[i] for i in some_of(len(found))} for found in (best_images, best_texts)]
+    return Retrieved("captioned " + NASTY, 12, captions, owners, *shown, picture, similarity)
 
 
 RECORDS = [
@@ -277,9 +278,9 @@ def test_small_and_empty_sets_and_the_same_bytes_again(tmp_path):
     parts = [
         Classified("none", ["a"], empty(0), empty(0), np.zeros(0), picture),
         Classified("one", ["a"], empty(1), empty(1), np.zeros(1), picture),
-        Retrieved("none", [], empty(0), empty(0, 1), empty(0, 1), picture, None),
-        Retrieved("no map", [], empty(0), empty(0, 1), empty(0, 1), picture, np.zeros((0, 0))),
-        Retrieved("one", ["a"], empty(1), empty(1, 1), empty(1, 1), picture, np.ones((1, 1))),
+        Retrieved("none", 0, [], empty(0), {}, {}, picture, None),
+        Retrieved("no map", 0, [], empty(0), {}, {}, picture, np.zeros((0, 0))),
+        Retrieved("one", 1, ["a"], empty(1), {0: empty(1)}, {0: empty(1)}, picture, np.ones((1, 1))),
     ]
     for name in "ab":
         write_report(tmp_path / name, "Small", [], parts)
@@ -297,7 +298,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(UserError, match="margins: expected finite numbers, found 400"):
         dataclasses.replace(classified(), margins=np.full(400, np.nan))
     with pytest.raises(UserError, match="best_texts: expected places from 0 to 23, found 24"):
-        dataclasses.replace(retrieved(), best_texts=np.full((12, 3), 24))
+        dataclasses.replace(retrieved(), best_texts={0: np.full(3, 24)})
 
 
 # The least contrast of text with what is behind it (WCAG 2.2, 1.4.3), ground by ground from the root.

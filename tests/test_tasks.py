@@ -1,5 +1,6 @@
 """eval.py: tasks, probes, what is kept and resumed, what it writes, and what it refuses."""
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -62,7 +63,9 @@ def test_a_folder_of_classes_with_probes_in_every_format(checkpoint, colors, tmp
         table, _ = run(capsys, *options, f"--report={tmp_path / 'r.html'}")
     records = json.loads(files[0].read_text())
     assert [record["task"] for record in records] == ["zeroshot_classification", "linear_probe", "knn", "few_shot"]
-    assert all(set(record) == {"dataset", "model", "pretrained", "task", "metrics", "language"} for record in records)
+    theirs = {"dataset", "model", "pretrained", "task", "metrics", "language"}
+    assert all(set(record) == theirs | {"asked", "weights", "settings"} and record["asked"] == str(colors) for record in records)
+    assert records[1]["settings"].keys() == {"C", "iterations", "features"} and records[2]["settings"]["k"] == 20
     metrics = records[0]["metrics"] | records[1]["metrics"] | records[2]["metrics"] | records[3]["metrics"]
     assert metrics["acc5"] == 1 and metrics["acc1_chance"] == pytest.approx(1 / 3) and 0 <= metrics["acc1"] <= 1
     # The towers are random, but colours are apart in them.
@@ -110,16 +113,71 @@ def test_features_are_kept_and_are_of_these_pictures_and_weights(checkpoint, col
         picture.write_bytes(before)
 
 
-def test_a_suite_names_what_is_not_here_and_goes_on_where_it_stopped(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(tasks.SUITES, "vtab+", ("emoji", "cifar10"))
-    arguments = (f"--checkpoint={checkpoint}", "--suite=vtab+", f"--data_dir={tmp_path}", f"--output={tmp_path / 'r.json'}")
-    table, said = run(capsys, *arguments)
-    assert said.startswith("cifar10: left out, for it is not here; get it with TensorFlow") and "emoji_fluent" in table
-    records = json.loads((tmp_path / "r.json").read_text())
-    records[0]["metrics"]["acc1"] = 0.123456
-    (tmp_path / "r.json").write_text(json.dumps(records))
+def test_damaged_features_are_made_anew(checkpoint, colors, tmp_path, capsys):
+    arguments = (f"--checkpoint={checkpoint}", f"--tasks={colors}", f"--cache={tmp_path}")
     table, _ = run(capsys, *arguments)
-    assert "12.35%" in table  # not measured again
+    (kept,) = tmp_path.iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o644
+    for damaged in (kept.read_bytes()[:-5], b"", b"nothing of the kind"):
+        kept.write_bytes(damaged)
+        again, said = run(capsys, *arguments)
+        assert again == table and "expected the features of 21 pictures, found a damaged file" in said
+        assert len(np.load(kept)) == 21
+
+
+def test_a_suite_names_what_is_not_here_and_goes_on_where_it_stopped(checkpoint, colors, tmp_path, capsys, monkeypatch):
+    import clip_jax
+
+    monkeypatch.setitem(tasks.SUITES, "vtab+", (str(colors), "cifar10"))
+    monkeypatch.setattr(program, "is_here", lambda task, place: task == str(colors))
+    output = tmp_path / "r.json"
+    arguments = (f"--checkpoint={checkpoint}", "--suite=vtab+", f"--data_dir={tmp_path}", f"--output={output}")
+    table, said = run(capsys, *arguments)
+    assert said.startswith("cifar10: left out, for it is not here; get it with TensorFlow") and colors.name in table
+    first = json.loads(output.read_text())
+    first[0]["metrics"]["acc1"] = 0.123456
+    output.write_text(json.dumps(first))
+    table, said = run(capsys, *arguments)
+    assert "12.35%" in table and f"zeroshot_classification measured before, taken from {output}" in said
+    # What else is wanted is measured.
+    table, _ = run(capsys, *arguments, "--probes=knn")
+    assert "12.35%" in table and "knn_acc1" in table
+    # Other weights at the same place are measured, and what the file has of the first stays.
+    model, _ = clip_jax.load(checkpoint)
+    model.vision.projection.kernel[...] *= np.linspace(1, 2, 32, dtype=np.float32)[None]
+    save_model(tmp_path / "other", model)
+    table, said = run(capsys, f"--checkpoint={tmp_path / 'other'}", *arguments[1:])
+    assert "12.35%" not in table and "measured before" not in said
+    records = json.loads(output.read_text())
+    assert [record["task"] for record in records] == ["zeroshot_classification", "knn", "zeroshot_classification"]
+    assert records[0] == first[0] and records[0]["weights"] == records[1]["weights"] != records[2]["weights"]
+    output.write_text('{"a": 1}')
+    with pytest.raises(UserError, match="r.json: expected results of this program"):
+        run(capsys, *arguments)
+
+
+def test_what_cannot_be_measured_is_told_and_the_rest_is(checkpoint, colors, tmp_path, capsys):
+    (tmp_path / "empty" / "one").mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        run(capsys, f"--checkpoint={checkpoint}", f"--tasks={tmp_path / 'empty'},{colors}")
+    table, said = capsys.readouterr()
+    assert ended.value.code == 2 and colors.name in table and said.startswith("error: ") and "at least one picture" in said
+    # Pictures that are measured are not learnt from.
+    with pytest.raises(SystemExit) as ended:
+        run(capsys, f"--checkpoint={checkpoint}", f"--tasks={colors / 'test'}", "--probes=knn")
+    table, said = capsys.readouterr()
+    assert ended.value.code == 2 and "mean_per_class_recall" in table and "knn" not in table
+    assert "all of it is measured, so none is left to train probes on" in said
+
+
+@pytest.mark.pytorch
+def test_clip_benchmark_reads_a_folder_of_results(checkpoint, colors, tmp_path, capsys):
+    build = pytest.importorskip("clip_benchmark.cli").main_build
+    run(capsys, f"--checkpoint={checkpoint}", f"--tasks={colors}", "--probes=knn", f"--output={tmp_path / 'results'}")
+    build(argparse.Namespace(files=[str(tmp_path / "results")], output=str(tmp_path / "all.csv")))
+    rows = {row["task"]: row for row in csv.DictReader((tmp_path / "all.csv").read_text().splitlines())}
+    assert rows.keys() == {"zeroshot_classification", "knn"} and 0 <= float(rows["zeroshot_classification"]["acc1"]) <= 1
+    assert float(rows["knn"]["knn_acc1"]) == 1
 
 
 def test_an_expected_value_is_an_exit_status(checkpoint, colors, capsys):
@@ -133,10 +191,10 @@ def test_an_expected_value_is_an_exit_status(checkpoint, colors, capsys):
 
 
 def test_published_values_stand_beside_those_of_the_same_weights():
-    record = record_of("imagenet2012", "ViT-B/32", "ViT-B/32", "zeroshot_classification", {"acc1": 0.6})
+    record = record_of("imagenet2012", "ViT-B/32", "ViT-B/32", "zeroshot_classification", {"acc1": 0.6}, "imagenet2012")
     assert published(record) == {"acc1": 0.6332}
-    assert published(record | {"pretrained": "runs/mine"}) == {}
-    retrieval = record_of("flickr30k", "RN50", "RN50", "zeroshot_retrieval", {})
+    assert published(record | {"pretrained": "runs/mine"}) == published(record | {"asked": "mine/imagenet2012"}) == {}
+    retrieval = record_of("flickr30k", "RN50", "RN50", "zeroshot_retrieval", {}, "flickr30k")
     assert published(retrieval) == {"image_retrieval_recall@1": 0.5736, "text_retrieval_recall@1": 0.8}
 
 
@@ -147,10 +205,20 @@ def test_published_values_stand_beside_those_of_the_same_weights():
         (["--checkpoint=x", "--tasks=emoji", "--suite=all"], "--tasks and --suite, expected one of the two"),
         (["--checkpoint=x", "--suite=vtab"], "--suite=vtab, expected emoji, vtab.*did you mean vtab"),
         (["--checkpoint=x", "--probes=linaer"], "--probes=linaer, expected linear, knn, few_shot; did you mean linear"),
-        (["--checkpoint=x", "--probe_features=poled"], "--probe_features=poled, expected projected, pooled; did you mean pooled"),
-        (["--checkpoint=x", "--output=r.txt"], "--output=r.txt: expected a name that ends in .json, .jsonl, .csv"),
+        (["--checkpoint=x", "--probes=knn", "--probe_features=poled"], "--probe_features=poled, expected projected, pooled; did you"),
+        (["--checkpoint=x", "--probe_features=pooled"], "--probe_features=pooled without --probes"),
+        (["--checkpoint=x", "--output=r.txt"], "--output=r.txt: expected a name that ends in .json, .jsonl, .csv, or in nothing"),
         (["--checkpoint=x", "--batch_size=0"], "--batch_size=0, expected a whole number from 1"),
+        (["--checkpoint=x", "--batch_size=²"], "--batch_size=², expected a whole number from 1"),
         (["--checkpoint=x", "--expect=high"], "--expect=high, expected a number, in percent"),
+        (["--checkpoint=x", "--expect="], "--expect=, expected a number, in percent"),
+        (["--checkpoint=x", "--expect=nan"], "--expect=nan, expected a number, in percent"),
+        (["--checkpoint=x", "--expect=50", "--tolerance=inf"], "--tolerance=inf, expected a number, in percent"),
+        (["--checkpoint=x", "--expect=50", "--tolerance=-1"], "--tolerance=-1, expected 0 or more"),
+        (["--checkpoint=x", "--tolerance=1"], "--tolerance=1 without --expect"),
+        (["--checkpoint=x", "--tasks=,"], "--tasks=,: expected the name of a set or a folder, found none"),
+        (["--checkpoint=x", "--tasks=emoji,cifar11"], "cifar11: expected a folder or the name of a set; did you mean cifar10"),
+        (["--checkpoint=x", f"--cache={__file__}"], "--cache=.*: expected a folder, which cannot be made"),
         (["--checkpoint=x", "--task=emoji"], "unknown option --task; did you mean --tasks"),
         (["--checkpoint=nowhere"], "nowhere: no such file or folder, nor a known model"),
     ],

@@ -1,6 +1,5 @@
 """Evaluation in the middle of a run: every so many minutes, on all devices."""
 
-import pathlib
 import time
 from typing import Any
 
@@ -9,7 +8,7 @@ from ml_collections import ConfigDict
 from clip_jax.distributed import first_says, on_every_host
 from clip_jax.evaluation.encoder import Encoder
 from clip_jax.evaluation.results import BESIDE
-from clip_jax.evaluation.sets import is_here, open_set
+from clip_jax.evaluation.sets import check_here
 from clip_jax.evaluation.tasks import Measurement
 from clip_jax.step import model_of
 
@@ -20,9 +19,8 @@ class Evaluations:
     def __init__(self, config: ConfigDict):
         self.config, self.begun, self.encoder = config, time.monotonic(), None
         for task in config.evaluate.tasks if config.evaluate.minutes else ():
-            here = task == "emoji" or is_here(task, config.evaluate.data_dir or None) or pathlib.Path(task).expanduser().exists()
-            if not here:
-                open_set(task, config.evaluate.data_dir or None)  # says what is missing, before the run and not in its middle
+            if task != "emoji":
+                check_here(task, config.evaluate.data_dir or None)  # before the run and not in its middle
 
     def due(self, step: int) -> bool:
         """Whether to measure after this step, by the clock of the first process, which is asked where steps are logged."""
@@ -38,7 +36,8 @@ class Evaluations:
             self.encoder.take(model)  # what is compiled stays
         measurement, found = Measurement(self.encoder, model.config.name, "", self.config.evaluate.data_dir or None), {}
         for task in self.config.evaluate.tasks:
-            records, _ = measurement.of(task)
-            found |= {f"{r['dataset']}/{n}": value for r in records for n, value in r["metrics"].items() if not n.endswith(BESIDE)}
+            for record, _ in measurement.of(task):
+                shares = {name: value for name, value in record["metrics"].items() if not name.endswith(BESIDE)}
+                found |= {f"{record['dataset']}/{name}": value for name, value in shares.items()}
         self.begun = time.monotonic()
         return found

@@ -46,9 +46,9 @@ IMAGENET = {
 def published(record: dict[str, Any]) -> dict[str, float]:
     """The published value of each metric of a record for which there is one, as a share.
 
-    The model is known by the name by which `clip_jax.load` was asked for it: a file may hold anything.
+    Model and set are known by the names by which they were asked for: a file or a folder may hold anything.
     """
-    name, dataset, found = record["pretrained"], record["dataset"], {}
+    name, dataset, found = record["pretrained"], record.get("asked"), {}
     if record["task"] == "zeroshot_classification":
         found = {"acc1": dict(zip(SETS, TOP_1.get(name, ()))).get(dataset)}
         if dataset == "imagenet2012" and name in IMAGENET:

@@ -47,19 +47,22 @@ class Classified:
 
 @dataclasses.dataclass(frozen=True)
 class Retrieved:
-    """The pictures and captions of one set, and what was nearest to each."""
+    """The pictures and captions of one set, and what was nearest to some of each (`some_of`)."""
 
     name: str
+    pictures: int  # how many there are
     captions: list[str]
     owners: Int[np.ndarray, "T"]  # the picture that each caption is of
-    best_images: Int[np.ndarray, "T K"]  # for each caption, nearest first
-    best_texts: Int[np.ndarray, "I K"]  # for each picture, nearest first, into `captions`
+    best_images: dict[int, Int[np.ndarray, "K"]]  # of a caption, nearest first
+    best_texts: dict[int, Int[np.ndarray, "L"]]  # of a picture, nearest first, into `captions`
     picture: Callable[[int], PIL.Image.Image]
     similarity: Float[np.ndarray, "R R"] | None = None  # cosines of some pictures (rows) and their first captions (columns)
 
     def __post_init__(self):
-        for what, size in (("owners", len(self.best_texts)), ("best_images", len(self.best_texts)), ("best_texts", len(self.captions))):
-            _check(f"{self.name}: {what}", getattr(self, what), size)
+        _check(f"{self.name}: owners", self.owners, self.pictures)
+        for what, size in (("best_images", self.pictures), ("best_texts", len(self.captions))):
+            for found in getattr(self, what).values():
+                _check(f"{self.name}: {what}", found, size)
         if self.similarity is not None:
             _check(f"{self.name}: similarity", self.similarity)
 
@@ -295,17 +298,17 @@ def _signed(value: float | np.floating) -> str:
 def _retrieved(part: Retrieved) -> str:
     picture = functools.cache(lambda i: _thumbnail(part.picture(i), f"picture {i}"))
     return (
-        f"<p>{len(part.best_texts):,} pictures, {len(part.captions):,} captions.</p>"
-        f"<h3>Pictures found for a caption</h3>{''.join(_pictures_of(part, int(t), picture) for t in _some(len(part.captions)))}"
+        f"<p>{part.pictures:,} pictures, {len(part.captions):,} captions.</p>"
+        f"<h3>Pictures found for a caption</h3>{''.join(_pictures_of(part, t, picture) for t in part.best_images)}"
         f"<h3>Captions found for a picture</h3>"
-        f'<div class="pair">{"".join(_captions_of(part, int(i), picture) for i in _some(len(part.best_texts)))}</div>'
+        f'<div class="pair">{"".join(_captions_of(part, i, picture) for i in part.best_texts)}</div>'
         f"{'' if part.similarity is None or not part.similarity.size else _heat(part.similarity[:HEATED, :HEATED])}"
     )
 
 
-def _some(size: int) -> Int[np.ndarray, "A"]:
+def some_of(size: int) -> list[int]:
     """Places spread evenly over all, so that nobody has picked them."""
-    return np.unique(np.linspace(0, size - 1, min(ASKED, size)).round().astype(int))
+    return np.unique(np.linspace(0, size - 1, min(ASKED, size)).round().astype(int)).tolist()
 
 
 def _pictures_of(part: Retrieved, caption: int, picture: Callable[[int], str]) -> str:

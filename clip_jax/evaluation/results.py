@@ -1,23 +1,38 @@
 """Results for people and for programs: a table, CLIP_benchmark's JSON, DataComp's JSON lines, CSV."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import pathlib
+import re
 import tempfile
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 from clip_jax.errors import UserError
 
 BESIDE = ("_chance", "_interval")  # of a metric, beside it
 MAIN = {"zeroshot_classification": "acc1", "zeroshot_retrieval": "image_retrieval_recall@1", "linear_probe": "lp_acc1"}
-KINDS = (".json", ".jsonl", ".csv")
+KINDS = (".json", ".jsonl", ".csv", "")  # of files; what has no ending is a folder
+SETTINGS = ("C", "iterations", "k", "features")  # of a probe, among its metrics
 
 
-def record_of(dataset: str, model: str, pretrained: str, task: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """A result as CLIP_benchmark writes it."""
-    return {"dataset": dataset, "model": model, "pretrained": pretrained, "task": task, "metrics": metrics, "language": "en"}
+def record_of(
+    dataset: str, model: str, pretrained: str, task: str, metrics: dict[str, Any], asked: str = "", weights: str = ""
+) -> dict[str, Any]:
+    """A result as CLIP_benchmark writes it, and what tells it from others.
+
+    Args:
+      metrics: by name; settings of a probe among them are put apart.
+      asked: the task as it was asked for, the name of a set or a place.
+      weights: `Measurement.weights`.
+    """
+    settings = {name: value for name, value in metrics.items() if name.rpartition("shot_")[2] in SETTINGS}
+    metrics = {name: value for name, value in metrics.items() if name not in settings}
+    record = {"dataset": dataset, "model": model, "pretrained": pretrained, "task": task, "metrics": metrics, "language": "en"}
+    return record | {"asked": asked, "weights": weights, "settings": settings}
 
 
 def main_metric(record: dict[str, Any]) -> str:
@@ -45,22 +60,60 @@ def format_table(records: list[dict[str, Any]]) -> str:
 def check_name(file: pathlib.Path) -> None:
     """Refuses a name whose ending does not say what is to be written."""
     if file.suffix not in KINDS:
-        raise UserError(f"--output={file}: expected a name that ends in {', '.join(KINDS)}")
+        raise UserError(f"--output={file}: expected a name that ends in {', '.join(KINDS[:-1])}, or in nothing, for a folder")
 
 
 def write_results(file: pathlib.Path, records: list[dict[str, Any]]) -> None:
-    """Writes the records by the ending of the file: .json as CLIP_benchmark, .jsonl as DataComp, .csv with a line a metric."""
-    kinds = {".json": lambda: json.dumps(records, indent=2) + "\n", ".jsonl": lambda: _lines(records), ".csv": lambda: _csv(records)}
+    """Writes the records by the ending of the file: .json, .jsonl as DataComp, .csv with a line a metric, or a folder.
+
+    JSON has CLIP_benchmark's records, in a folder one a file under CLIP_benchmark's names, as its `build` reads them.
+    """
     check_name(file)
+    texts = {file: kind(records) for ending, kind in ((".json", _json), (".jsonl", _lines), (".csv", _csv)) if file.suffix == ending}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: what was there is not lost to a full disk.
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as beside:
-            beside.write(kinds[file.suffix]())
-        os.chmod(beside.name, 0o644)
-        os.replace(beside.name, file)
+        for path, text in (texts or {file / _name(record): _json(record) for record in records}).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_or_not(path) as beside:
+                beside.write(text.encode())
     except OSError as error:
         raise UserError(f"--output={file}: cannot be written ({error.strerror}); take another path") from error
+
+
+def read_results(file: pathlib.Path) -> list[dict[str, Any]]:
+    """What `write_results` wrote as JSON, if anything."""
+    found = []
+    for path in sorted(file.glob("*.json")) if file.is_dir() else [file] if file.suffix == ".json" and file.is_file() else []:
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+            found += [read] if isinstance(read, dict) else read
+            if not all(isinstance(record["metrics"], dict) and {"dataset", "task", "pretrained"} <= record.keys() for record in found):
+                raise ValueError("no such record")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise UserError(f"--output={path}: expected results of this program, found others ({error}); take another path") from error
+    return found
+
+
+@contextlib.contextmanager
+def whole_or_not(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when it is written: what was there is not lost to a full disk."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as beside:
+        try:
+            yield beside
+            beside.flush()
+        except BaseException:
+            os.unlink(beside.name)
+            raise
+    os.chmod(beside.name, 0o644)
+    os.replace(beside.name, path)
+
+
+def _name(record: dict[str, Any]) -> str:
+    parts = [record[field] for field in ("dataset", "pretrained", "model", "language", "task")]
+    return re.sub(r"[^\w.@+-]", "_", "_".join(parts)) + ".json"
+
+
+def _json(records: Any) -> str:
+    return json.dumps(records, indent=2) + "\n"
 
 
 def _lines(records: list[dict[str, Any]]) -> str:

@@ -1,13 +1,13 @@
 """Measuring a model on one set after the other: features, zero-shot, and probes on the features."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-import os
 import pathlib
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,30 +18,40 @@ from jaxtyping import Float, Int
 
 from clip_jax import images
 from clip_jax.digest import digests
-from clip_jax.distributed import is_first
-from clip_jax.errors import UserError
+from clip_jax.distributed import all_agree, errors_on_all, is_first, wait_for_all
+from clip_jax.errors import UserError, warn
 from clip_jax.evaluation.classifier import class_ranks, zero_shot_classifier
 from clip_jax.evaluation.emoji import EMOJI_TEMPLATES, Emoji, load_emoji
 from clip_jax.evaluation.encoder import Encoder, picture_of
+from clip_jax.evaluation.knn import knn
 from clip_jax.evaluation.names import TASKS
-from clip_jax.evaluation.probe import few_shot, knn, linear_probe
-from clip_jax.evaluation.report import Classified, Retrieved
-from clip_jax.evaluation.results import record_of
+from clip_jax.evaluation.probe import few_shot, linear_probe
+from clip_jax.evaluation.report import Classified, Retrieved, some_of
+from clip_jax.evaluation.results import record_of, whole_or_not
 from clip_jax.evaluation.scores import classification_metrics, retrieval_metrics
 from clip_jax.evaluation.sets import CaptionedSet, LabelledSet, open_set
 
+# Of CLIP_benchmark's vtab+ all but voc2007_multilabel, whose pictures have several labels, which is another measure.
+NOT_IN_VTAB = ("photographs", "food101")
 SUITES = {
     "emoji": ("emoji",),
-    "vtab+": tuple(name for name, task in TASKS.items() if task.kind == "classification" and name != "photographs"),
-    "imagenet-robustness": ("imagenet2012", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch"),
+    "vtab+": tuple(name for name, task in TASKS.items() if task.kind == "classification" and name not in NOT_IN_VTAB),
+    "imagenet-robustness": ("imagenet2012", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet"),
     "retrieval": tuple(name for name, task in TASKS.items() if task.kind == "retrieval"),
     "all": ("emoji", *TASKS),
 }
+PROBES = {"linear": "linear_probe", "knn": "knn", "few_shot": "few_shot"}  # and what their records call them
+NEIGHBOURS = 20  # of k-NN, where there are as many training pictures
 SHOTS = (1, 2, 4, 8, 16)  # samples a class, as far as a set has them
 NEAREST = 5  # pictures or texts that a report shows
 SHOWN = 32  # pictures of a similarity map
 
 Part = Classified | Retrieved
+Results = Iterator[tuple[dict[str, Any], Part | None]]  # records, each with what a report shows of it
+
+
+class Unsuitable(UserError):
+    """A set that cannot be measured, as all processes know: another one can be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,66 +62,103 @@ class Measurement:
     model: str
     pretrained: str
     data_dir: str | None = None
-    probes: tuple[str, ...] = ()  # of "linear", "knn", "few_shot", which take a training split
+    probes: tuple[str, ...] = ()  # of PROBES, which take a training split
     cache: pathlib.Path | None = None  # where features are kept
     pooled: bool = False  # probes see features before the projection
 
-    def of(self, task: str) -> tuple[list[dict[str, Any]], list[Part]]:
-        """The records of a task, and what a report shows of it."""
+    @functools.cached_property
+    def weights(self) -> str:
+        """By what results and features are known to be of this model: a SHA-256 of its configuration and its weights' digests."""
+        known = [self.encoder.config.to_dict(), digests(nnx.to_pure_dict(self.encoder.variables))]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+    def of(self, task: str, done: Collection[str] = ()) -> Results:
+        """The results of a task, one after the other: zero-shot, then the probes.
+
+        Args:
+          done: the results that are not wanted, as records call them: `zeroshot_classification`, `linear_probe`, ...
+
+        Raises:
+          Unsuitable: the set, or its training split, is not there or not sound.  What came before holds.
+        """
         if task == "emoji":
-            return self.emoji(load_emoji())
-        found = open_set(task, self.data_dir)
-        features = self.features(found)
-        if isinstance(found, CaptionedSet):
-            return self._retrieved(found.name, found.captions, found.read, features)
-        records, parts = self._classified(found, features)
-        if self.probes:
-            train = open_set(task, self.data_dir, "train")
-            seen = self.features(found, pooled=True) if self.pooled else features
-            records += self._probed(found, seen, train, self.features(train, self.pooled))
-        return records, parts
+            yield from self.emoji(load_emoji(), done)
+            return
+        with _on_all():
+            found = open_set(task, self.data_dir)
+        captioned = isinstance(found, CaptionedSet)
+        features = functools.cache(lambda: self.features(found))
+        if captioned and "zeroshot_retrieval" not in done:
+            yield self._retrieved(task, found.name, found.captions, found.read, features())
+        if not captioned and "zeroshot_classification" not in done:
+            yield self._classified(task, found, features())
+        probes = [probe for probe in self.probes if PROBES[probe] not in done]
+        if probes and captioned:
+            _say(f"{task}: no probes, for its pictures have captions and no classes")
+        elif probes:
+            with _on_all():
+                train = self._train(task, found)
+            seen, learnt_from = self.features(found, pooled=True) if self.pooled else features(), self.features(train, self.pooled)
+            for probe in probes:
+                yield self._probed(task, probe, found, seen, train, learnt_from), None
+
+    def _train(self, task: str, test: LabelledSet) -> LabelledSet:
+        train = open_set(task, self.data_dir, "train")
+        if train.where == test.where:
+            raise UserError(f"{test.where}: all of it is measured, so none is left to train probes on; leave out --probes, or split it")
+        if train.class_names != test.class_names:
+            raise UserError(f"{train.where}: expected the classes of {test.where}, found others; prepare both again")
+        return train
 
     def features(self, of: LabelledSet | CaptionedSet, pooled: bool = False) -> Float[np.ndarray, "N E"]:
         """The features of a set's pictures, from the cache if they are there: of these pictures, by these weights."""
         count = len(of.labels if isinstance(of, LabelledSet) else of.captions)
-        kept = self.cache / f"{self._key(of, count)}{'-pooled' * pooled}.npy" if self.cache else None
-        if kept is not None and kept.is_file():
-            return np.load(kept, allow_pickle=False)
-        with tqdm.tqdm(desc=of.name, total=count, unit="picture", disable=not is_first() or not sys.stderr.isatty()) as bar:
-            features = self.encoder.read(count, of.read, bar.update, of.where, pooled)
-        if kept is not None and is_first():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as beside:
-                np.save(beside, features)
-            os.replace(beside.name, kept)
+        if not self.cache:
+            return self._encoded(of, count, pooled)
+        kept = self.cache / f"{self._key(of, count)}{'-pooled' * pooled}.npy"
+        found = _kept(kept, count)
+        if all_agree(found is not None):
+            return found
+        features = self._encoded(of, count, pooled)
+        if is_first():
+            _keep(kept, features)
+        wait_for_all("features are kept")
+        if not kept.is_file():  # hosts share no folder
+            _keep(kept, features)
         return features
 
+    def _encoded(self, of: LabelledSet | CaptionedSet, count: int, pooled: bool) -> Float[np.ndarray, "N E"]:
+        with tqdm.tqdm(desc=of.name, total=count, unit="picture", disable=not is_first() or not sys.stderr.isatty()) as bar:
+            return self.encoder.read(count, of.read, bar.update, of.where, pooled)
+
     def _key(self, of: LabelledSet | CaptionedSet, count: int) -> str:
-        """A SHA-256 of every picture's bytes, of how they are prepared, and of the weights' digests."""
+        """A SHA-256 of every picture's bytes, of how they are prepared, and of the weights."""
         digest = hashlib.sha256()
         preprocess = dataclasses.asdict(images.Preprocess.of(self.encoder.config))
-        weights = digests(nnx.to_pure_dict(self.encoder.variables))
-        digest.update(json.dumps([preprocess, weights, self.encoder.config.to_dict()], sort_keys=True).encode())
+        digest.update(json.dumps([preprocess, self.weights], sort_keys=True).encode())
         for start in range(0, count, 256):
             for picture in of.read(range(start, min(start + 256, count))):
-                digest.update(hashlib.sha256(np.ascontiguousarray(picture) if isinstance(picture, np.ndarray) else picture).digest())
+                digest.update(hashlib.sha256(_bytes(picture)).digest())
         return digest.hexdigest()[:32]
 
-    def _record(self, dataset: str, task: str, metrics: dict[str, Any]) -> dict[str, Any]:
-        return record_of(dataset, self.model, self.pretrained, task, metrics)
+    def _record(self, task: str, dataset: str, kind: str, metrics: dict[str, Any]) -> dict[str, Any]:
+        return record_of(dataset, self.model, self.pretrained, kind, metrics, task, self.weights)
 
-    def emoji(self, emoji: Emoji) -> tuple[list[dict[str, Any]], list[Part]]:
+    def emoji(self, emoji: Emoji, done: Collection[str] = ()) -> Results:
         """The embedded task, or that with the pictures of another vendor."""
         read = lambda numbers: [emoji.pictures[i] for i in numbers]
         every = LabelledSet("emoji_fluent", "emoji", emoji.class_names, EMOJI_TEMPLATES, emoji.labels, read)
-        features = self.encoder.images(emoji.pictures)
-        records, parts = self._classified(every, features)
-        names, held_out = emoji.names, emoji.held_out
-        of_held_out = lambda numbers: [emoji.pictures[held_out[i]] for i in numbers]
-        found = self._retrieved("emoji_held_out", [[names[i]] for i in held_out], of_held_out, features[held_out])
-        return records + found[0], parts + found[1]
+        features = functools.cache(lambda: self.features(every))
+        if "zeroshot_classification" not in done:
+            yield self._classified("emoji", every, features())
+        if "zeroshot_retrieval" not in done:
+            names, held_out = emoji.names, emoji.held_out
+            of_held_out = lambda numbers: [emoji.pictures[held_out[i]] for i in numbers]
+            yield self._retrieved("emoji", "emoji_held_out", [[names[i]] for i in held_out], of_held_out, features()[held_out])
+        if any(PROBES[probe] not in done for probe in self.probes):
+            _say("emoji: no probes, for it has no training split of the same classes")
 
-    def _classified(self, of: LabelledSet, features: Float[np.ndarray, "N E"]) -> tuple[list[dict[str, Any]], list[Part]]:
+    def _classified(self, task: str, of: LabelledSet, features: Float[np.ndarray, "N E"]) -> tuple[dict[str, Any], Part]:
         classifier = zero_shot_classifier(self.encoder, of.class_names, of.templates)
         ranks = class_ranks(self.encoder, features, classifier, of.labels)
         predictions, margins = np.empty(len(features), int), np.empty(len(features), np.float32)
@@ -124,11 +171,11 @@ class Measurement:
             margins[rows] = own - cosines.max(axis=1)
         metrics = classification_metrics(ranks, of.labels, len(of.class_names))
         part = Classified(of.name, of.class_names, of.labels, predictions, margins, _shown(of.read))
-        return [self._record(of.name, "zeroshot_classification", metrics)], [part]
+        return self._record(task, of.name, "zeroshot_classification", metrics), part
 
     def _retrieved(
-        self, name: str, captions: list[list[str]], read: Callable, features: Float[np.ndarray, "N E"]
-    ) -> tuple[list[dict[str, Any]], list[Part]]:
+        self, task: str, name: str, captions: list[list[str]], read: Callable, features: Float[np.ndarray, "N E"]
+    ) -> tuple[dict[str, Any], Part]:
         texts = [text for several in captions for text in several]
         owners = np.repeat(np.arange(len(captions)), [len(several) for several in captions])
         text_features = self.encoder.texts(texts)
@@ -136,6 +183,7 @@ class Measurement:
         first = np.searchsorted(owners, np.arange(min(SHOWN, len(captions))))
         part = Retrieved(
             name,
+            len(captions),
             texts,
             owners,
             _nearest(text_features, features),
@@ -143,25 +191,72 @@ class Measurement:
             _shown(read),
             features[: len(first)] @ text_features[first].T,
         )
-        return [self._record(name, "zeroshot_retrieval", metrics)], [part]
+        return self._record(task, name, "zeroshot_retrieval", metrics), part
 
     def _probed(
-        self, test: LabelledSet, features: Float[np.ndarray, "N E"], train: LabelledSet, train_features: Float[np.ndarray, "M E"]
-    ) -> list[dict[str, Any]]:
-        if train.class_names != test.class_names:
-            raise UserError(f"{train.where}: expected the classes of {test.where}, found others; prepare both again")
+        self,
+        task: str,
+        probe: str,
+        test: LabelledSet,
+        features: Float[np.ndarray, "N E"],
+        train: LabelledSet,
+        train_features: Float[np.ndarray, "M E"],
+    ) -> dict[str, Any]:
         given = train_features, train.labels, features, test.labels, len(test.class_names)
-        records = []
-        if "linear" in self.probes:
-            records.append(self._record(test.name, "linear_probe", linear_probe(*given)))
-        if "knn" in self.probes:
-            records.append(self._record(test.name, "knn", knn(*given)))
-        if "few_shot" in self.probes:
-            fewest = int(np.bincount(train.labels, minlength=len(train.class_names)).min())
-            by_shots = few_shot(*given, shots=tuple(n for n in SHOTS if n <= max(1, fewest))).items()
-            few = {f"{shots}_shot_{name.removeprefix('lp_')}": value for shots, metrics in by_shots for name, value in metrics.items()}
-            records.append(self._record(test.name, "few_shot", few))
-        return records
+        metrics, mesh = {"features": "pooled" if self.pooled else "projected"}, self.encoder.mesh
+        with _on_all():
+            if probe == "linear":
+                metrics |= linear_probe(*given, mesh=mesh)
+            if probe == "knn":
+                metrics |= knn(*given, k=min(NEIGHBOURS, len(train.labels)), mesh=mesh)
+            if probe == "few_shot":
+                fewest = int(np.bincount(train.labels, minlength=len(train.class_names)).min())
+                shots = tuple(n for n in SHOTS if n <= max(1, fewest))
+                for n, found in few_shot(*given, shots=shots, mesh=mesh).items():
+                    metrics |= {f"{n}_shot_{name.removeprefix('lp_')}": value for name, value in found.items()}
+        return self._record(task, test.name, PROBES[probe], metrics)
+
+
+@contextlib.contextmanager
+def _on_all() -> Iterator[None]:
+    """Inside, what is an error for people on one process is one on all, of this set."""
+    try:
+        with errors_on_all():
+            yield
+    except UserError as error:
+        raise Unsuitable(str(error)) from error
+
+
+def _say(line: str) -> None:
+    if is_first():
+        print(line, file=sys.stderr)
+
+
+def _bytes(picture: bytes | np.ndarray | PIL.Image.Image) -> bytes | np.ndarray:
+    """By what a picture is known."""
+    pixels = np.asarray(picture) if isinstance(picture, PIL.Image.Image) else picture
+    return np.ascontiguousarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+
+
+def _kept(file: pathlib.Path, count: int) -> Float[np.ndarray, "N E"] | None:
+    if not file.is_file():
+        return None
+    try:
+        features = np.load(file, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        features = error
+    if not isinstance(features, np.ndarray) or features.ndim != 2 or len(features) != count:
+        warn(f"{file}: expected the features of {count} pictures, found a damaged file; they are made anew")
+        return None
+    return features
+
+
+def _keep(file: pathlib.Path, features: Float[np.ndarray, "N E"]) -> None:
+    try:
+        with whole_or_not(file) as beside:
+            np.save(beside, features)
+    except OSError as error:
+        warn(f"{file}: the features cannot be kept ({error.strerror})")
 
 
 def _shown(read: Callable[[Sequence[int]], list]) -> Callable[[int], PIL.Image.Image]:
@@ -172,11 +267,7 @@ def _shown(read: Callable[[Sequence[int]], list]) -> Callable[[int], PIL.Image.I
     return picture
 
 
-def _nearest(queries: Float[np.ndarray, "N E"], keys: Float[np.ndarray, "M E"]) -> Int[np.ndarray, "N K"]:
-    found = []
-    for start in range(0, len(queries), 256):
-        cosines = queries[start : start + 256] @ keys.T
-        best = np.argpartition(-cosines, min(NEAREST, len(keys)) - 1, axis=1)[:, :NEAREST]
-        order = np.argsort(-np.take_along_axis(cosines, best, 1), axis=1, kind="stable")
-        found.append(np.take_along_axis(best, order, 1))
-    return np.concatenate(found)
+def _nearest(queries: Float[np.ndarray, "N E"], keys: Float[np.ndarray, "M E"]) -> dict[int, Int[np.ndarray, "K"]]:
+    """The nearest keys of the queries that a report shows."""
+    asked = some_of(len(queries))
+    return dict(zip(asked, np.argsort(-(queries[asked] @ keys.T), axis=1, kind="stable")[:, :NEAREST]))
