@@ -2,7 +2,7 @@ import pathlib
 
 import pytest
 
-from clip_jax.config import load_config, parse_command_line, set_field, validate
+from clip_jax.config import load_config, model_config, parse_command_line, set_field, validate
 from clip_jax.errors import UserError
 
 OPTIONS = {"config": "configs/emoji.py", "workdir": ""}
@@ -52,6 +52,27 @@ def test_fields_are_set_with_their_types():
 def test_a_mistake_on_the_command_line_is_named(argument, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         parse_command_line([argument], OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("vision.image_size", "220", "model.vision.image_size 220 is not a multiple of patch_size 32; the nearest is 224"),
+        ("vision.image_size", "20", "model.vision.image_size 20 is not a multiple of patch_size 32; the nearest is 32"),
+        ("vision.image_size", "0", "model.vision.image_size is 0, expected at least 1"),
+        ("vision.image_size", "-32", "model.vision.image_size is -32, expected at least 1"),
+        ("vision.patch_size", "0", "model.vision.patch_size is 0, expected at least 1"),
+        ("vision.heads", "0", "model.vision.heads is 0, expected at least 1"),
+        ("vision.layers", "-1", "model.vision.layers is -1, expected at least 1"),
+        ("text.width", "0", "model.text.width is 0, expected at least 1"),
+        ("text.heads", "0", "model.text.heads is 0, expected at least 1"),
+        ("text.context_length", "0", "model.text.context_length is 0, expected at least 2"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_on_the_command_line(field, value, message):
+    _, config = parse_command_line(["--config=configs/vit_b32.py", f"--config.model.{field}={value}"], OPTIONS)
+    with pytest.raises(UserError, match=message):
+        model_config(config)
 
 
 @pytest.mark.parametrize(
