@@ -69,7 +69,7 @@ def default_config() -> ConfigDict:
                 "b2": 0.98,  # sgd has none
                 "eps": 1e-6,  # of adamw and lamb
                 "mu_dtype": "float32",  # of the first moment as it is kept; "bfloat16" takes half of its memory
-                "gradient_clip": 1.0,  # global norm
+                "gradient_clip": 1.0,  # global norm; 1e9 clips nothing
             },
             "data": {
                 # Prepared TFDS sets, such as ~/tensorflow_datasets/coco_captions/2014/1.1.0; WebDataset's shards, such as
@@ -275,6 +275,18 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.seed is {config.seed}, expected 0 or more")
     if not config.data.caption:
         raise UserError("config.data.caption is empty, expected the name of at least one field")
+    o = config.optimizer
+    for name, within, expected in (
+        ("learning_rate", o.learning_rate >= 0, "at least 0"),
+        ("warmup_steps", o.warmup_steps >= 0, "at least 0"),
+        ("weight_decay", o.weight_decay >= 0, "at least 0"),
+        ("b1", 0 <= o.b1 < 1, "a share from 0 to below 1"),
+        ("b2", 0 <= o.b2 < 1, "a share from 0 to below 1"),
+        ("eps", o.eps > 0, "above 0"),  # or what has no gradient would be 0 / 0
+        ("gradient_clip", o.gradient_clip > 0, "above 0; set it to 1e9 to clip nothing"),
+    ):
+        if not within:
+            raise UserError(f"config.optimizer.{name} is {o[name]}, expected {expected}")
     if config.optimizer.warmup_steps >= config.total_steps:
         raise UserError(
             f"config.optimizer.warmup_steps {config.optimizer.warmup_steps} does not leave any of the "

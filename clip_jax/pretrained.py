@@ -256,10 +256,10 @@ def resize(
         weights["vision/position_embedding"] = np.concatenate([first, np.asarray(grid).reshape(vision.grid**2, -1)])
         config = dataclasses.replace(config, vision=vision)
     if context_length not in (None, config.text.context_length):
-        table = jnp.asarray(weights["text/position_embedding"])
+        text, table = dataclasses.replace(config.text, context_length=context_length), jnp.asarray(weights["text/position_embedding"])
         shape = (context_length, table.shape[1])
         weights["text/position_embedding"] = np.asarray(jax.image.resize(table, shape, "linear", antialias=False))
-        config = dataclasses.replace(config, text=dataclasses.replace(config.text, context_length=context_length))
+        config = dataclasses.replace(config, text=text)
     return config, weights
 
 

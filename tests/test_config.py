@@ -2,7 +2,7 @@ import pathlib
 
 import pytest
 
-from clip_jax.config import load_config, parse_command_line, set_field, validate
+from clip_jax.config import load_config, model_config, parse_command_line, set_field, validate
 from clip_jax.errors import UserError
 
 OPTIONS = {"config": "configs/emoji.py", "workdir": ""}
@@ -57,12 +57,41 @@ def test_a_mistake_on_the_command_line_is_named(argument, message):
 @pytest.mark.parametrize(
     "field, value, message",
     [
+        ("vision.image_size", "220", "model.vision.image_size 220 is not a multiple of patch_size 32; the nearest is 224"),
+        ("vision.image_size", "20", "model.vision.image_size 20 is not a multiple of patch_size 32; the nearest is 32"),
+        ("vision.image_size", "0", "model.vision.image_size is 0, expected at least 1"),
+        ("vision.image_size", "-32", "model.vision.image_size is -32, expected at least 1"),
+        ("vision.patch_size", "0", "model.vision.patch_size is 0, expected at least 1"),
+        ("vision.heads", "0", "model.vision.heads is 0, expected at least 1"),
+        ("vision.layers", "-1", "model.vision.layers is -1, expected at least 1"),
+        ("text.width", "0", "model.text.width is 0, expected at least 1"),
+        ("text.heads", "0", "model.text.heads is 0, expected at least 1"),
+        ("text.context_length", "0", "model.text.context_length is 0, expected at least 2"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_on_the_command_line(field, value, message):
+    _, config = parse_command_line(["--config=configs/vit_b32.py", f"--config.model.{field}={value}"], OPTIONS)
+    with pytest.raises(UserError, match=message):
+        model_config(config)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
         ("nonfinite.in_a_row", "0", "config.nonfinite.in_a_row is 0, expected at least 1"),
         ("nonfinite.rollbacks", "-1", "config.nonfinite.rollbacks is -1, expected at least 0"),
         ("checkpoint_minutes", "-1", "config.checkpoint_minutes is -1.0, expected 0, for never, or more"),
         ("milestone_every", "-5", "config.milestone_every is -5, expected 0, for never, or more"),
         ("total_steps", "0", "config.total_steps is 0, expected at least 1"),
         ("optimizer.warmup_steps", "100000", "warmup_steps 100000 does not leave any"),
+        ("optimizer.warmup_steps", "-3", "config.optimizer.warmup_steps is -3, expected at least 0"),
+        ("optimizer.learning_rate", "-1", "config.optimizer.learning_rate is -1.0, expected at least 0"),
+        ("optimizer.weight_decay", "-0.1", "config.optimizer.weight_decay is -0.1, expected at least 0"),
+        ("optimizer.b1", "1", "config.optimizer.b1 is 1.0, expected a share from 0 to below 1"),
+        ("optimizer.b2", "1.5", "config.optimizer.b2 is 1.5, expected a share from 0 to below 1"),
+        ("optimizer.eps", "-1", "config.optimizer.eps is -1.0, expected above 0"),
+        ("optimizer.gradient_clip", "0", "config.optimizer.gradient_clip is 0.0, expected above 0; set it to 1e9 to clip nothing"),
+        ("optimizer.gradient_clip", "-1", "config.optimizer.gradient_clip is -1.0, expected above 0; set it to 1e9 to clip nothing"),
         ("data.sets", "()", "config.data.sets is empty"),
         ("data.templates", "('a picture',)", r"templates\[0\] is 'a picture', expected one \{\}"),
         ("model.text.heads", "3", "model.text.width 128 is not a multiple of model.text.heads 3"),

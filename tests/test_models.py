@@ -244,13 +244,30 @@ def test_an_architecture_survives_json(name):
     assert CLIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_impossible_architectures_are_refused():
-    with pytest.raises(UserError, match="image_size 30 is not a multiple of patch_size 8; the nearest is 24"):
-        ViTConfig(30, 8, width=64, layers=1, heads=1)
-    with pytest.raises(UserError, match="model.text.width 100 is not a multiple of model.text.heads 3"):
-        TextConfig(width=100, layers=1, heads=3)
-    with pytest.raises(UserError, match="activation is 'relu', expected one of quick_gelu"):
-        dataclasses.replace(ARCHITECTURES["ViT-B/32"], activation="relu")
+@pytest.mark.parametrize(
+    "config, changes, message",
+    [
+        (GOLDEN["vit"].vision, {"image_size": 30}, "image_size 30 is not a multiple of patch_size 8; the nearest is 32"),
+        (GOLDEN["vit"].vision, {"image_size": 3}, "image_size 3 is not a multiple of patch_size 8; the nearest is 8"),
+        (GOLDEN["resnet"].vision, {"image_size": 10}, "image_size 10 is not a multiple of 32, the strides of 4 stages; the nearest is 32"),
+        (GOLDEN["resnet"].vision, {"layers": ()}, r"model.vision.layers is \(\), expected one or more whole numbers of at least 1"),
+        (GOLDEN["resnet"].vision, {"layers": (1, 0, 1)}, r"model.vision.layers is \(1, 0, 1\), expected one or more whole numbers"),
+        (GOLDEN["resnet"].vision, {"width": 1, "heads": 1}, "model.vision.width is 1, expected at least 2"),
+        (SMALL.vision, {"image_size": 23}, "image_size 23 is not a multiple of 8, the strides of 3 channels; the nearest is 24"),
+        (SMALL.vision, {"image_size": 0}, "model.vision.image_size is 0, expected at least 1"),
+        (SMALL.vision, {"channels": (16, -1)}, r"model.vision.channels is \(16, -1\), expected one or more whole numbers"),
+        (SIGLIP.vision, {"image_size": 7}, "model.vision.image_size 7 holds no patch of patch_size 8"),
+        (SIGLIP.vision, {"heads": 0}, "model.vision.heads is 0, expected at least 1"),
+        (TEXT, {"width": 100, "heads": 3}, "model.text.width 100 is not a multiple of model.text.heads 3"),
+        (TEXT, {"vocabulary_size": -1}, "model.text.vocabulary_size is -1, expected at least 1"),
+        (TEXT, {"layers": 0}, "model.text.layers is 0, expected at least 1"),
+        (TEXT, {"context_length": 1}, "model.text.context_length is 1, expected at least 2"),
+        (ARCHITECTURES["ViT-B/32"], {"activation": "relu"}, "activation is 'relu', expected one of quick_gelu"),
+    ],
+)
+def test_impossible_architectures_are_refused(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(config, **changes)
 
 
 def test_instance_norm_forgets_contrast_and_brightness_and_batch_norm_keeps_them():

@@ -109,6 +109,25 @@ def test_stacked_blocks_move_as_each_by_itself(name):
     jax.tree.map(np.testing.assert_array_equal, separate(together), apart)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_update_of_stacked_blocks_does_not_grow_with_depth(name):
+    def operations(layers: int) -> int:
+        optimizer, params = make_optimizer(named(name)), {"transformer": {"blocks": {i: small_tree(i) for i in range(layers)}}}
+        params = stacked(params)
+        return jax.jit(optimizer.update).lower(params, optimizer.init(params), params).as_text().count(" = ")
+
+    assert operations(48) == operations(4)  # of lamb 426; taken apart they were 821 and 7,043
+
+
+def test_a_gradient_clip_of_1e9_clips_nothing():
+    c = named("sgd")
+    c.optimizer.gradient_clip, c.optimizer.weight_decay = 1e9, 0.0
+    optimizer, params = make_optimizer(c), small_tree(0)
+    gradients = jax.tree.map(lambda gradient: 1e6 * gradient, small_tree(1))
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, gradients)
+
+
 def test_adamw_is_optaxs():
     c = named("adamw")
     o, schedule = c.optimizer, make_schedule(c)

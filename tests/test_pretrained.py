@@ -138,6 +138,9 @@ def test_position_embeddings_are_interpolated_for_another_size():
     assert layouts.build_model(larger, resized).config == larger
     with pytest.raises(UserError, match="small-resnet is a ResNet, made for 64 pixels a side"):
         pretrained.resize(SMALL["resnet"], rich_weights(SMALL["resnet"]), 128, None)
+    for wrong, message in (((0, None), "vision.image_size is 0, expected at"), ((None, -1), "text.context_length is -1, expected at")):
+        with pytest.raises(UserError, match=message):
+            pretrained.resize(config, weights, *wrong)
 
 
 def test_a_hub_folder_without_preprocessing_warns_whose_is_taken(tmp_path):

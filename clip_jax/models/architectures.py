@@ -27,11 +27,14 @@ class ViTConfig:
 
     def __post_init__(self):
         _check_pooling(self)
+        _check_sizes("vision", self)
         _check_heads("vision", self.width, self.heads)
-        if self.pooling == "class" and self.image_size % self.patch_size:
+        if self.pooling == "class":
+            _check_image_size(self.image_size, self.patch_size, f"patch_size {self.patch_size}")
+        if not self.grid:
             raise UserError(
-                f"model.vision.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
-                f"the nearest is {self.grid * self.patch_size}"
+                f"model.vision.image_size {self.image_size} holds no patch of patch_size {self.patch_size}; "
+                f"expected at least {self.patch_size}"
             )
 
     @property
@@ -67,12 +70,9 @@ class ResNetConfig:
 
     def __post_init__(self):
         _check_pooling(self)
+        _check_sizes("vision", self, width=2)  # half of which the stem's first convolution has
         _check_heads("vision", self.width * 4 * 2 ** (len(self.layers) - 1), self.heads)
-        if self.image_size % self.stride:
-            raise UserError(
-                f"model.vision.image_size {self.image_size} is not a multiple of {self.stride}, the strides of "
-                f"{len(self.layers)} stages; the nearest is {self.image_size // self.stride * self.stride}"
-            )
+        _check_image_size(self.image_size, self.stride, f"{self.stride}, the strides of {len(self.layers)} stages")
 
     @property
     def stride(self) -> int:
@@ -90,12 +90,9 @@ class SmallResNetConfig:
 
     def __post_init__(self):
         _check_pooling(self)
-        if self.image_size % 2 ** len(self.channels):
-            stride = 2 ** len(self.channels)
-            raise UserError(
-                f"model.vision.image_size {self.image_size} is not a multiple of {stride}, the strides of "
-                f"{len(self.channels)} channels; the nearest is {self.image_size // stride * stride}"
-            )
+        _check_sizes("vision", self)
+        stride = 2 ** len(self.channels)
+        _check_image_size(self.image_size, stride, f"{stride}, the strides of {len(self.channels)} channels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +110,7 @@ class TextConfig:
 
     def __post_init__(self):
         _check_pooling(self)
+        _check_sizes("text", self, context_length=2)  # where a text begins and where it ends
         _check_heads("text", self.width, self.heads)
 
     @property
@@ -222,6 +220,22 @@ def _tuples(values: dict) -> dict:
 def _check_pooling(tower) -> None:
     if tower.pooling != type(tower).pooling:
         raise UserError(f"pooling of {type(tower).__name__} is {type(tower).pooling!r}, found {tower.pooling!r}")
+
+
+def _check_sizes(name: str, tower, **least: int) -> None:
+    """Every whole number of a tower is 1 or more, or as many as `least` says."""
+    for field in dataclasses.fields(tower):
+        value, lowest = getattr(tower, field.name), least.get(field.name, 1)
+        if field.type is int and value < lowest:
+            raise UserError(f"model.{name}.{field.name} is {value}, expected at least {lowest}")
+        if field.type == tuple[int, ...] and not (value and all(isinstance(part, int) and part >= 1 for part in value)):
+            raise UserError(f"model.{name}.{field.name} is {value}, expected one or more whole numbers of at least 1")
+
+
+def _check_image_size(size: int, step: int, what: str) -> None:
+    if size % step:
+        nearest = max(1, round(size / step)) * step
+        raise UserError(f"model.vision.image_size {size} is not a multiple of {what}; the nearest is {nearest}")
 
 
 def _check_heads(tower: str, width: int, heads: int) -> None:
