@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     options, _ = parse_command_line(arguments, OPTIONS)
     if not options["checkpoint"]:
         raise UserError("--checkpoint is missing, expected the workdir of a run, such as --checkpoint=runs/emoji, a file or a name")
-    tasks, output = tasks_of(options), pathlib.Path(options["output"]) if options["output"] else None
+    tasks, output = tasks_of(options), pathlib.Path(options["output"]).expanduser() if options["output"] else None
     if output:
         check_name(output)
     batch_size, probes, features = int_of("batch_size", options), probes_of(options), features_of(options)
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
                 difference = record["metrics"][metric] - value
                 print(f"{record['dataset']} {metric}: published {value:.2%}, here {100 * difference:+.2f} points")
         if options["report"]:
-            write_report(pathlib.Path(options["report"]), f"{model.config.name} · {options['checkpoint']}", records, parts)
+            write_report(pathlib.Path(options["report"]).expanduser(), f"{model.config.name} · {options['checkpoint']}", records, parts)
     if failed:
         sys.exit(2)  # as for all bad input, after what could be measured
     if is_first() and expected is not None:
@@ -142,11 +142,12 @@ def expected_of(arguments: list[str], options: dict[str, str]) -> tuple[float | 
 def folder_of(name: str, options: dict[str, str]) -> pathlib.Path | None:
     if not options[name]:
         return None
+    folder = pathlib.Path(options[name]).expanduser()
     try:
-        pathlib.Path(options[name]).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--{name}={options[name]}: expected a folder, which cannot be made ({error.strerror}); take another") from error
-    return pathlib.Path(options[name])
+    return folder
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

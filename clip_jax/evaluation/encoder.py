@@ -123,7 +123,7 @@ class Encoder:
         """
         encode = self._pool_images if pooled else self._encode_images
         preprocess = images.Preprocess.of(self.config)
-        rows, found = local_rows(self.batch_size, self.mesh), []
+        rows, found, begun = local_rows(self.batch_size, self.mesh), [], None
 
         def pixels(number: int, picture: Any) -> UInt8[np.ndarray, "S S 3"]:
             return preprocess.pixels(picture_of(picture, f"{where}: picture {number}"))
@@ -135,9 +135,13 @@ class Encoder:
                 batch = np.zeros((len(rows), size, size, 3), np.uint8)
                 for i, made in enumerate(threads.map(pixels, numbers, read(numbers) if numbers else ())):
                     batch[i] = made
-                features = encode(self.variables, jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch))
-                found.append(np.asarray(features)[: count - start])
-                progress(len(found[-1]))
+                # One batch is encoded while the next one is decoded and transferred.
+                before, begun = begun, encode(self.variables, jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch))
+                if before is not None:
+                    found.append(np.asarray(before))
+                    progress(self.batch_size)
+            found.append(np.asarray(begun)[: count - start])
+            progress(count - start)
         return np.concatenate(found)
 
     def pixels(self, pixels: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N E"]:
@@ -191,11 +195,13 @@ class Encoder:
         devices = self.mesh.devices.size
         small = -(-max(1, small) // devices) * devices
         put = lambda part: jax.make_array_from_callback(part.shape, batch_sharding(self.mesh), part.__getitem__)
-        found, start = [], 0
+        found, begun, start = [], [], 0
         while start < len(rows):
             size = self.batch_size if len(rows) - start > self.batch_size - small else small
             part = rows[start : start + size]
             part = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
-            found.append(np.asarray(encode(self.variables, put(part))))
+            begun.append(encode(self.variables, put(part)))
+            if len(begun) > 1:  # one is encoded while the next one is transferred
+                found.append(np.asarray(begun.pop(0)))
             start += size
-        return np.concatenate(found)[: len(rows)]
+        return np.concatenate(found + [np.asarray(last) for last in begun])[: len(rows)]
