@@ -33,7 +33,9 @@ else
 fi
 
 $python - <<'PYTHON'
-import importlib.metadata, importlib.util, sys
+import importlib.util, sys
+sys.path.insert(0, "benchmarks")
+from records import version
 print("Python", sys.version.split()[0])
 OTHERWISE = {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets", "open_clip": "open_clip_torch"}
 for name in "jax flax optax jaxtyping ml_collections orbax grain tensorflow_datasets torch open_clip".split():
@@ -41,7 +43,7 @@ for name in "jax flax optax jaxtyping ml_collections orbax grain tensorflow_data
     if importlib.util.find_spec(name) is None:
         print("missing:", package)
     else:
-        print(package, importlib.metadata.version(package))
+        print(package, version(package) or "version unknown")
 PYTHON
 
 # item NAME LIMIT SCRIPT ARGUMENTS...

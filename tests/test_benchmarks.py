@@ -91,6 +91,16 @@ def test_a_side_without_memory_says_so(script):
         measure.take_turns(script, ["full"], {}, {}, rounds=1)
 
 
+def test_libraries_that_are_checkouts_are_taken(tmp_path, monkeypatch):
+    there = {"torch", "open_clip"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(records, "version", lambda library: None)  # there is no such distribution
+    monkeypatch.setattr(work.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", ""))
+    assert work.prepare_weights("toy", tmp_path) == ""
+    there.remove("open_clip")
+    assert work.prepare_weights("toy", tmp_path) == "open_clip: not installed"
+
+
 def test_real_captions_are_as_long_as_they_are_said_to_be():
     lengths = work.caption_lengths(10_000, "real", 77)
     assert abs(statistics.median(lengths.tolist()) - work.MEDIAN) <= 1
