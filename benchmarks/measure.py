@@ -10,7 +10,8 @@ A script names its sides, functions that import what they need, build it and ret
 step on full and on real captions), A B C A B C, for the seconds of so many pieces of work.  Its record has every raw number,
 and is written after each round, so that a run which is cut short leaves what it had.  The protocol is a line of JSON each way.
 
-OUR_PYTHON=PATH, another interpreter, runs the side `ours`, where the newest JAX and PyTorch are not to be had for one Python.
+OUR_PYTHON=PATH, another environment's interpreter, runs the side `ours`, where the newest JAX and PyTorch are not to be had for one
+Python.  The record's command then begins with it, by its version alone, and the record's versions are those of that environment.
 """
 
 import dataclasses
@@ -264,8 +265,10 @@ def take_turns(
                 continue
             about = {"device": found["device"], "stand_ins": found["stand_ins"]}
             record["sides"][child.name] = {"preparation_seconds": found["seconds"]} | about
-            if child.name == "ours" and (theirs := record["versions"]["python"]) != found["versions"]["python"]:
+            if child.name == "ours" and "OUR_PYTHON" in os.environ:
+                theirs, mine = record["versions"]["python"], found["versions"]["python"]
                 record["versions"] |= {name: value for name, value in found["versions"].items() if value} | {"torch's python": theirs}
+                record["command"] = f"OUR_PYTHON=python{mine.rpartition('.')[0]} {record['command']}"
             for lane in found["lanes"]:
                 record["lanes"][lane_name(child.name, lane)] = {"side": child.name, "lane": lane, "seconds": [], "memory": []}
         by_name = {child.name: child for child in children}

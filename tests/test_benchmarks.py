@@ -23,7 +23,7 @@ FIELDS |= {"sides", "lanes", "missing", "pairs", "ratios", "items", "flops", "ag
 
 # Sides without a framework, so that the measuring itself is tested in moments: A sleeps, B computes, C is not installed.
 SCRIPT = """
-import sys, time
+import json, os, sys, time
 sys.path.insert(0, {benchmarks!r})
 from measure import Side, serve
 def sleeps(options):
@@ -37,7 +37,9 @@ def full(options):
     raise MemoryError("out of memory")
 def breaks(options):
     raise ValueError("of its own")
-serve(dict(sleeps=sleeps, computes=computes, absent=absent, full=full, breaks=breaks))
+def says(options):
+    return Side({{"": lambda: time.sleep(0.01)}}, lambda: None, "", facts=json.loads(os.environ["FACTS"])[sys.argv[2]])
+serve(dict(sleeps=sleeps, computes=computes, absent=absent, full=full, breaks=breaks, ours=says, torch=says))
 """
 
 
@@ -89,6 +91,15 @@ def test_sides_take_turns_and_are_recorded(script, tmp_path):
 def test_a_side_without_memory_says_so(script):
     with pytest.raises(measure.OutOfMemory, match="full: out of memory"):
         measure.take_turns(script, ["full"], {}, {}, rounds=1)
+
+
+def test_a_command_names_the_python_of_our_side(script, monkeypatch):
+    monkeypatch.setenv("FACTS", json.dumps({"ours": {}}))
+    command = lambda record: measure.take_turns(script, ["ours"], {}, record, rounds=0, product=-1)["command"]
+    new = lambda: records.new_record("encode", "a")
+    assert command(new()) == new()["command"]
+    monkeypatch.setenv("OUR_PYTHON", sys.executable)
+    assert command(new()) == f"OUR_PYTHON=python{sys.version_info.major}.{sys.version_info.minor} {new()['command']}"
 
 
 def test_libraries_that_are_checkouts_are_taken(tmp_path, monkeypatch):
