@@ -75,11 +75,14 @@ SIDES = {"ours": ours, "torch": lambda options: theirs(options, False), "torch.c
 
 
 def complete(record: Record) -> None:
-    found = {name: np.array(side["facts"].pop("classifier")) for name, side in record["sides"].items()}
+    facts = {name: side["facts"] for name, side in record["sides"].items()}
+    found = {name: np.array(its.pop("classifier")) for name, its in facts.items() if "classifier" in its}
     record["agreement"] = {"tolerance": TOLERANCE[record["dtype"]]}
     for name, its in found.items():
         if name != "ours" and "ours" in found:
             record["agreement"][name] = {"1 - cosine": float(np.abs(1 - (found["ours"] * its).sum(axis=1)).max())}
+    record["flops"] = {"": facts.get("ours", {}).get("flops")}
+    check_cosines(record)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -100,11 +103,9 @@ def main(options: argparse.Namespace) -> None:
 
         take_turns(__file__, sides, about | {"folder": folder}, record, options.rounds, 0, options.product, {}, after, complete)
     say(record)
-    check_cosines(record)
 
 
-if __name__ == "__main__":
-    serve(SIDES)
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="ViT-B/32")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE))
@@ -115,4 +116,9 @@ if __name__ == "__main__":
     parser.add_argument("--product", default=0, type=int, help="rows of the plain product")
     parser.add_argument("--variant", default="", help="part of the result's file name")
     parser.add_argument("--output", default="", help="folder of the result")
-    main(parser.parse_args())
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    serve(SIDES)
+    main(parse(sys.argv[1:]))

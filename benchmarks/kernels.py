@@ -118,6 +118,9 @@ def complete(record: dict) -> None:
     record["agreement"] = {
         name: {f"{loss} loss": abs(value / first[loss] - 1) for loss, value in its.items()} for name, its in list(losses.items())[1:]
     }
+    for side, found in record["agreement"].items():
+        if not max(found.values()) <= TOLERANCE:
+            sys.exit(f"error: {side}: losses differ, {found}, expected at most {TOLERANCE:.0e}")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -142,13 +145,9 @@ def main(options: argparse.Namespace) -> None:
         sys.exit(f"error: {error}; give a smaller --batch, or fewer --sides")
     write(record, options.output)
     say(record)
-    for side, found in record["agreement"].items():
-        if not max(found.values()) <= TOLERANCE:
-            sys.exit(f"error: {side}: losses differ, {found}, expected at most {TOLERANCE:.0e}")
 
 
-if __name__ == "__main__":
-    serve(SIDES)
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--what", default="attention", choices=list(OF))
     parser.add_argument("--batch", default=512, type=int)
@@ -162,4 +161,9 @@ if __name__ == "__main__":
     parser.add_argument("--product", default=0, type=int, help="rows of the plain product")
     parser.add_argument("--variant", default="", help="part of the result's file name")
     parser.add_argument("--output", default="", help="folder of the result")
-    main(parser.parse_args())
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    serve(SIDES)
+    main(parse(sys.argv[1:]))

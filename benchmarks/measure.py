@@ -241,7 +241,7 @@ def take_turns(
       product: rows of the plain product's matrices; 0: as PRODUCT says; -1: none is measured.
       environments: variables, by the side.
       after: called with the record after every round.
-      complete: called once the sides' facts are there, before the first round.
+      complete: called once the sides' facts are there, before the first round; where it ends the program, nothing was written.
       last_facts: ask for the facts again in the end.
 
     Raises:

@@ -182,10 +182,11 @@ def agreement(sides: Record, dtype: str) -> Record:
 
 
 def complete(record: Record) -> None:
-    """What the sides know together: items, FLOPs and whether they agree."""
+    """What the sides know together: items, FLOPs and whether they agree; nothing is timed, or written, where they do not."""
     flops = record["sides"].get("ours", {}).get("facts", {}).get("flops", {})
     record["flops"], record["items"] = flops, {kind: record["batch"] for kind in CAPTIONS}
     record["agreement"] = agreement(record["sides"], record["dtype"])
+    check(record)
 
 
 def check(record: Record) -> None:
@@ -241,7 +242,6 @@ def main(options: argparse.Namespace) -> None:
                 print(f"  a batch of {batch:,} does not fit: {error}", flush=True)
                 continue
             say(record)
-            check(record)
             return
     sys.exit("error: no batch fits; give a smaller one with --batch")
 

@@ -13,9 +13,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import classifier
+import encode
+import kernels
 import measure
 import records
 import report
+import train_step
 import work
 
 FIELDS = {"benchmark", "variant", "date", "commit", "dirty", "command", "machine", "versions", "dtype", "batch", "rounds", "count"}
@@ -91,6 +95,26 @@ def test_sides_take_turns_and_are_recorded(script, tmp_path):
 def test_a_side_without_memory_says_so(script):
     with pytest.raises(measure.OutOfMemory, match="full: out of memory"):
         measure.take_turns(script, ["full"], {}, {}, rounds=1)
+
+
+@pytest.mark.parametrize("far", (False, True))
+@pytest.mark.parametrize("module", (train_step, encode, classifier, kernels), ids=lambda module: module.__name__)
+def test_sides_that_disagree_leave_no_record(module, far, script, tmp_path, monkeypatch):
+    near = {"losses": {"full": [2.0]} if module is train_step else {"softmax": 2.0}, "features": [[1.0, 0.0]], "classifier": [[1.0, 0.0]]}
+    away = {"losses": {"full": [2.1]} if module is train_step else {"softmax": 2.1}, "features": [[0.0, 1.0]], "classifier": [[0.0, 1.0]]}
+    monkeypatch.setenv("FACTS", json.dumps({"ours": near, "torch": away if far else near}))
+    monkeypatch.setattr(module, "__file__", script)  # whose sides take the place of its own
+    monkeypatch.setattr(module, "prepare_weights", lambda *_: "", raising=False)
+    separator = ";" if module is kernels else ","
+    turn = [] if module is classifier else ["--turn=0"]
+    what = ["--what=loss"] if module is kernels else []
+    options = module.parse([*what, *turn, f"--sides=ours{separator}torch", "--rounds=1", "--product=-1", f"--output={tmp_path}"])
+    if far:
+        with pytest.raises(SystemExit, match="torch: .* differ"):
+            module.main(options)
+    else:
+        module.main(options)
+    assert len([*tmp_path.glob("*.json")]) == (not far)
 
 
 def test_a_command_names_the_python_of_our_side(script, monkeypatch):
