@@ -282,7 +282,9 @@ def take_turns(
                 continue
             lane["first_seconds"] = tries[0]["seconds"]
             fastest = min(fastest, tries[1]["seconds"])
-        count = 1 if turn_seconds <= 0 or math.isinf(fastest) else max(1, math.ceil(turn_seconds / fastest))
+        if not record["lanes"]:
+            sys.exit(f"error: no side can be measured: {record['missing']}")
+        count = 1 if turn_seconds <= 0 else max(1, math.ceil(turn_seconds / fastest))
         record["count"] = count
         for name, side in record["sides"].items():
             side["facts"] = by_name[name].ask(do="facts").get("facts", {})

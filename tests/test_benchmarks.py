@@ -136,6 +136,11 @@ def test_libraries_that_are_checkouts_are_taken(tmp_path, monkeypatch):
     assert work.prepare_weights("toy", tmp_path) == "open_clip: not installed"
 
 
+def test_a_run_without_a_side_is_an_error(script):
+    with pytest.raises(SystemExit, match="no side can be measured: .*a_library_that_nobody_has: not installed"):
+        measure.take_turns(script, ["absent"], {}, {}, rounds=1)
+
+
 def test_real_captions_are_as_long_as_they_are_said_to_be():
     lengths = work.caption_lengths(10_000, "real", 77)
     assert abs(statistics.median(lengths.tolist()) - work.MEDIAN) <= 1
