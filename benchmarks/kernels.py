@@ -29,8 +29,6 @@ def attention(options: dict, implementation: str) -> Side:
 
     heads, held, lanes, flops = options["heads"], {}, {}, {}
     for tokens, causal in SHAPES:
-        if tokens not in options["tokens"]:
-            continue
         shape = (options["batch"], tokens, heads, HEAD)
         q, k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3))
 
@@ -124,7 +122,7 @@ def complete(record: dict) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    given = {name: getattr(options, name) for name in ("batch", "heads", "width", "tokens", "losses")}
+    given = {name: getattr(options, name) for name in ("batch", "heads", "width", "losses")}
     size = f"heads{options.heads}" if options.what == "attention" else f"width{options.width}"
     record = new_record(options.what, options.variant or f"batch{options.batch}-{size}", unit="samples", **given)
     record["dtype"] = "bfloat16" if options.what == "attention" else "float32"
@@ -152,7 +150,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--what", default="attention", choices=list(OF))
     parser.add_argument("--batch", default=512, type=int)
     parser.add_argument("--heads", default=12, type=int)
-    parser.add_argument("--tokens", default=[n for n, _ in SHAPES], type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--width", default=512, type=int)
     parser.add_argument("--losses", default=list(SCALES), type=lambda text: text.split(","))
     parser.add_argument("--sides", default=[], type=lambda text: text.split(";"))

@@ -209,7 +209,7 @@ def test_the_losses(tmp_path):
 
 def test_the_classifier(tmp_path):
     record = run("classifier.py", tmp_path, "--model=toy", "--classes=3", "--few=1", "--rounds=1", "--product=64", "--sides=ours")
-    assert record.keys() >= FIELDS - {"batch"}
+    assert record.keys() >= FIELDS - {"batch"} and record["lanes"]["ours"]["share_of_product"] > 0
     is_consistent(record)
 
 
