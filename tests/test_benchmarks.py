@@ -59,7 +59,7 @@ def is_consistent(record: dict) -> None:
         assert len(lane["seconds"]) == record["rounds"] and min(lane["seconds"]) > 0
         assert lane["median"] == statistics.median(lane["seconds"])
         assert (lane["least"], lane["most"]) == (min(lane["seconds"]), max(lane["seconds"]))
-        items, flops = record["items"].get(lane["lane"]), record["flops"].get(lane["lane"])
+        items, flops = (record.get(what, {}).get(lane["lane"]) for what in ("items", "flops"))
         if items:
             assert math.isclose(lane["items_per_second"] * lane["median"], items)
         if flops:
@@ -211,6 +211,29 @@ def test_the_classifier(tmp_path):
     record = run("classifier.py", tmp_path, "--model=toy", "--classes=3", "--few=1", "--rounds=1", "--product=64", "--sides=ours")
     assert record.keys() >= FIELDS - {"batch"} and record["lanes"]["ours"]["share_of_product"] > 0
     is_consistent(record)
+
+
+def test_what_the_gpu_is_for_begins_and_ends_at_toy_size(tmp_path):
+    (tmp_path / "open_clip").mkdir()
+    (tmp_path / "open_clip" / "__init__.py").touch()  # a checkout, of no installed distribution
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as metadata\nfound = metadata.version\n"
+        "def version(name):\n"
+        "    if name == 'open_clip_torch':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "metadata.version = version\n"
+    )
+    toy = {"GPU_TOY": "1", "SIDES": "ours", "ONLY": "attention|text|checkpoint", "PYTHON": sys.executable, "BUDGET": "600"}
+    there = {"OUT": str(tmp_path / "results"), "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run([str(ROOT / "benchmarks" / "gpu.sh")], capture_output=True, text=True, env=os.environ | toy | there)
+    said = found.stdout + found.stderr
+    assert found.returncode == 0 and "not whole" not in said, said[-2000:]
+    assert "open_clip_torch version unknown" in said
+    names = {file.name for file in (tmp_path / "results").glob("*.json")}
+    assert names == {"attention-toy-gpu-attention.json", "encode-toy-gpu-B32-text.json", "checkpoint-toy-gpu-checkpoint.json"}
+    for name in names:
+        is_consistent(json.loads((tmp_path / "results" / name).read_text()))
 
 
 PEERS = {
