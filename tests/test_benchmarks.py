@@ -1,5 +1,6 @@
 """The benchmarks at toy size: that they run to the end and record what they say, and not how fast anything is."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -15,12 +16,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import classifier
 import encode
+import jax
+import jax.numpy as jnp
 import kernels
 import measure
 import records
 import report
 import train_step
 import work
+from flax import nnx
+
+from clip_jax.models import CLIP
 
 FIELDS = {"benchmark", "variant", "date", "commit", "dirty", "command", "machine", "versions", "dtype", "batch", "rounds", "count"}
 FIELDS |= {"sides", "lanes", "missing", "pairs", "ratios", "items", "flops", "agreement", "unit", "notes"}
@@ -265,6 +271,33 @@ def test_the_page_is_made_of_the_results(script, tmp_path):
     for said in ("## Embedding", "What was tried.", f"{lane['median'] * 1e3:,.2f}", f"{ratio['ratio']:.2f}", "A note", record["commit"][:9]):
         assert said in text
     assert "Left out: absent, a_library_that_nobody_has: not installed" in text
+
+
+@pytest.mark.parametrize("backend, attention, dtype, kernel", [
+    ("gpu", "cudnn", "bfloat16", "cudnn"),
+    ("gpu", "cudnn", "float32", "xla"),
+    ("gpu", "xla", "bfloat16", "xla"),
+    ("cpu", "cudnn", "bfloat16", "xla"),
+])  # fmt: skip
+def test_cudnn_is_asked_where_it_can_answer(backend, attention, dtype, kernel, monkeypatch):
+    """By the blocks of both towers; the last one's single query, under lengths of keys, goes to XLA."""
+    asked, xla = [], jax.nn.dot_product_attention
+
+    def spy(q, k, v, *, implementation=None, is_causal=False, **named):
+        asked.append((q.shape[1], is_causal, implementation))
+        return xla(q, k, v, is_causal=is_causal, **named)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = work.architecture("toy", dtype)
+    config = dataclasses.replace(config, attention=attention, text=dataclasses.replace(config.text, layers=2))
+
+    def towers():
+        model = CLIP(config, rngs=nnx.Rngs(0))
+        return model.encode_image(jnp.zeros((2, 32, 32, 3))), model.encode_text(jnp.zeros((2, 16), jnp.int32))
+
+    jax.eval_shape(towers)
+    assert asked == [(5, False, kernel), (1, False, None), (16, True, kernel), (1, False, None)]
 
 
 def test_idle_sides_use_no_processor_time(script):
