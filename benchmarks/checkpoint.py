@@ -93,7 +93,8 @@ def main(options: argparse.Namespace) -> None:
 
     try:
         take_turns(
-            __file__, options.sides, {"model": options.model, "folder": folder}, record, options.rounds, 0, -1, {},
+            __file__, options.sides, {"model": options.model, "folder": folder}, record, options.rounds, 0, -1,
+            {"torch.save": {"JAX_PLATFORMS": "cpu"}},  # which has JAX for the shapes alone
             lambda record: write(record, options.output), complete, last_facts=True,
         )  # fmt: skip
     finally:

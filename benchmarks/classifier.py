@@ -7,6 +7,7 @@ time however many there are: it is measured on `few` of them, and its time multi
 """
 
 import argparse
+import collections
 import pathlib
 import sys
 import tempfile
@@ -31,14 +32,19 @@ def ours(options: dict) -> Side:
     from clip_jax.evaluation.classifier import zero_shot_classifier
     from clip_jax.evaluation.encoder import Encoder
     from clip_jax.evaluation.names import class_names, templates
+    from clip_jax.flops import text_flops
     from clip_jax.models import CLIP
     from clip_jax.step import abstract_model
+    from clip_jax.tokenizer import tokenize
 
     config = architecture(options["model"], options["dtype"])
     params = our_params(config, pathlib.Path(options["folder"]))
     model = CLIP(config, rngs=nnx.Rngs(0)) if params is None else nnx.merge(nnx.graphdef(abstract_model(config)), params, {})
     encoder = Encoder(model, devices=jax.devices()[:1])
-    names, facts = class_names("imagenet2012")[: options["classes"]], {}
+    names = class_names("imagenet2012")[: options["classes"]]
+    prompts = [template.format(name) for template in templates("imagenet2012") for name in names]
+    lengths = collections.Counter((tokenize(prompts, config.text.context_length, truncate=True).argmax(axis=1) + 1).tolist())  # of EOT
+    facts = {"flops": sum(count * text_flops(config, length) for length, count in lengths.items())}
 
     def build() -> None:
         facts["classifier"] = np.asarray(zero_shot_classifier(encoder, names, templates("imagenet2012")))[: options["few"]].tolist()
@@ -75,18 +81,24 @@ SIDES = {"ours": ours, "torch": lambda options: theirs(options, False), "torch.c
 
 
 def complete(record: Record) -> None:
-    found = {name: np.array(side["facts"].pop("classifier")) for name, side in record["sides"].items()}
+    facts = {name: side["facts"] for name, side in record["sides"].items()}
+    found = {name: np.array(its.pop("classifier")) for name, its in facts.items() if "classifier" in its}
     record["agreement"] = {"tolerance": TOLERANCE[record["dtype"]]}
     for name, its in found.items():
         if name != "ours" and "ours" in found:
             record["agreement"][name] = {"1 - cosine": float(np.abs(1 - (found["ours"] * its).sum(axis=1)).max())}
+    record["flops"] = {"": facts.get("ours", {}).get("flops")}
+    check_cosines(record)
 
 
 def main(options: argparse.Namespace) -> None:
     about = {name: getattr(options, name) for name in ("model", "dtype", "classes", "few")}
     record = new_record("classifier", options.variant or f"{options.model}-{options.dtype}", **about, unit="classes")
-    record["pairs"], record["items"], record["flops"] = [["ours", "torch"], ["ours", "torch.compile"]], {"": options.classes}, {}
-    record["notes"] = [f"open_clip's time is that of {options.few} classes, times {options.classes / options.few:g}"]
+    record["pairs"], record["items"] = [["ours", "torch"], ["ours", "torch.compile"]], {"": options.classes}
+    record["notes"] = [
+        f"open_clip's time is that of {options.few} classes, times {options.classes / options.few:g}",
+        "FLOPs are model FLOPs, of every prompt at its own length; beginnings that prompts share are counted with each",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         sides, missing = list(options.sides), {}
         if sides != ["ours"]:
@@ -100,11 +112,9 @@ def main(options: argparse.Namespace) -> None:
 
         take_turns(__file__, sides, about | {"folder": folder}, record, options.rounds, 0, options.product, {}, after, complete)
     say(record)
-    check_cosines(record)
 
 
-if __name__ == "__main__":
-    serve(SIDES)
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="ViT-B/32")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE))
@@ -115,4 +125,9 @@ if __name__ == "__main__":
     parser.add_argument("--product", default=0, type=int, help="rows of the plain product")
     parser.add_argument("--variant", default="", help="part of the result's file name")
     parser.add_argument("--output", default="", help="folder of the result")
-    main(parser.parse_args())
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    serve(SIDES)
+    main(parse(sys.argv[1:]))

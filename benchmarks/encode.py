@@ -106,6 +106,7 @@ def complete(record: Record) -> None:
             record["agreement"][name] = {"1 - cosine": float(np.abs(1 - cosines).max())}
     for its in facts.values():
         its.pop("features", None)
+    check_cosines(record)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -136,7 +137,6 @@ def main(options: argparse.Namespace) -> None:
                 print(f"  a batch of {batch:,} does not fit: {error}", flush=True)
                 continue
             say(record)
-            check_cosines(record)
             return
     sys.exit("error: no batch fits; give a smaller one with --batch")
 

@@ -29,8 +29,6 @@ def attention(options: dict, implementation: str) -> Side:
 
     heads, held, lanes, flops = options["heads"], {}, {}, {}
     for tokens, causal in SHAPES:
-        if tokens not in options["tokens"]:
-            continue
         shape = (options["batch"], tokens, heads, HEAD)
         q, k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3))
 
@@ -118,10 +116,13 @@ def complete(record: dict) -> None:
     record["agreement"] = {
         name: {f"{loss} loss": abs(value / first[loss] - 1) for loss, value in its.items()} for name, its in list(losses.items())[1:]
     }
+    for side, found in record["agreement"].items():
+        if not max(found.values()) <= TOLERANCE:
+            sys.exit(f"error: {side}: losses differ, {found}, expected at most {TOLERANCE:.0e}")
 
 
 def main(options: argparse.Namespace) -> None:
-    given = {name: getattr(options, name) for name in ("batch", "heads", "width", "tokens", "losses")}
+    given = {name: getattr(options, name) for name in ("batch", "heads", "width", "losses")}
     size = f"heads{options.heads}" if options.what == "attention" else f"width{options.width}"
     record = new_record(options.what, options.variant or f"batch{options.batch}-{size}", unit="samples", **given)
     record["dtype"] = "bfloat16" if options.what == "attention" else "float32"
@@ -142,18 +143,13 @@ def main(options: argparse.Namespace) -> None:
         sys.exit(f"error: {error}; give a smaller --batch, or fewer --sides")
     write(record, options.output)
     say(record)
-    for side, found in record["agreement"].items():
-        if not max(found.values()) <= TOLERANCE:
-            sys.exit(f"error: {side}: losses differ, {found}, expected at most {TOLERANCE:.0e}")
 
 
-if __name__ == "__main__":
-    serve(SIDES)
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--what", default="attention", choices=list(OF))
     parser.add_argument("--batch", default=512, type=int)
     parser.add_argument("--heads", default=12, type=int)
-    parser.add_argument("--tokens", default=[n for n, _ in SHAPES], type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--width", default=512, type=int)
     parser.add_argument("--losses", default=list(SCALES), type=lambda text: text.split(","))
     parser.add_argument("--sides", default=[], type=lambda text: text.split(";"))
@@ -162,4 +158,9 @@ if __name__ == "__main__":
     parser.add_argument("--product", default=0, type=int, help="rows of the plain product")
     parser.add_argument("--variant", default="", help="part of the result's file name")
     parser.add_argument("--output", default="", help="folder of the result")
-    main(parser.parse_args())
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    serve(SIDES)
+    main(parse(sys.argv[1:]))

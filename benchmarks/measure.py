@@ -10,7 +10,8 @@ A script names its sides, functions that import what they need, build it and ret
 step on full and on real captions), A B C A B C, for the seconds of so many pieces of work.  Its record has every raw number,
 and is written after each round, so that a run which is cut short leaves what it had.  The protocol is a line of JSON each way.
 
-OUR_PYTHON=PATH, another interpreter, runs the side `ours`, where the newest JAX and PyTorch are not to be had for one Python.
+OUR_PYTHON=PATH, another environment's interpreter, runs the side `ours`, where the newest JAX and PyTorch are not to be had for one
+Python.  The record's command then begins with it, by its version alone, and the record's versions are those of that environment.
 """
 
 import dataclasses
@@ -240,7 +241,7 @@ def take_turns(
       product: rows of the plain product's matrices; 0: as PRODUCT says; -1: none is measured.
       environments: variables, by the side.
       after: called with the record after every round.
-      complete: called once the sides' facts are there, before the first round.
+      complete: called once the sides' facts are there, before the first round; where it ends the program, nothing was written.
       last_facts: ask for the facts again in the end.
 
     Raises:
@@ -264,8 +265,10 @@ def take_turns(
                 continue
             about = {"device": found["device"], "stand_ins": found["stand_ins"]}
             record["sides"][child.name] = {"preparation_seconds": found["seconds"]} | about
-            if child.name == "ours" and (theirs := record["versions"]["python"]) != found["versions"]["python"]:
+            if child.name == "ours" and "OUR_PYTHON" in os.environ:
+                theirs, mine = record["versions"]["python"], found["versions"]["python"]
                 record["versions"] |= {name: value for name, value in found["versions"].items() if value} | {"torch's python": theirs}
+                record["command"] = f"OUR_PYTHON=python{mine.rpartition('.')[0]} {record['command']}"
             for lane in found["lanes"]:
                 record["lanes"][lane_name(child.name, lane)] = {"side": child.name, "lane": lane, "seconds": [], "memory": []}
         by_name = {child.name: child for child in children}
@@ -279,7 +282,9 @@ def take_turns(
                 continue
             lane["first_seconds"] = tries[0]["seconds"]
             fastest = min(fastest, tries[1]["seconds"])
-        count = 1 if turn_seconds <= 0 or math.isinf(fastest) else max(1, math.ceil(turn_seconds / fastest))
+        if not record["lanes"]:
+            sys.exit(f"error: no side can be measured: {record['missing']}")
+        count = 1 if turn_seconds <= 0 else max(1, math.ceil(turn_seconds / fastest))
         record["count"] = count
         for name, side in record["sides"].items():
             side["facts"] = by_name[name].ask(do="facts").get("facts", {})

@@ -68,7 +68,11 @@ def section(record: dict[str, Any]) -> str:
     for side, about in record["sides"].items():
         for fact, seconds in about.get("facts", {}).items():
             if fact.startswith("until_") and seconds:
-                lines.append(f"- {side}: {fact.replace('_', ' ')} {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
+                median, said = statistics.median(seconds), fact.replace("_", " ")
+                lines.append(f"- {side}: {said} {median:.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
+                if fact == "until_next_step":  # which is what training waits for
+                    others = {name: lane["median"] / median for name, lane in record["lanes"].items() if lane["side"] != side}
+                    lines += [f"- {side}, {said}: **{ratio:.2f} times** the speed of {name}" for name, ratio in others.items()]
     lines += [f"- {agreed(record['agreement'])}"] if record.get("agreement") else []
     lines += [f"- {note[0].upper()}{note[1:]}" for note in record.get("notes", ())]
     dirty = " with changes" if record["dirty"] else ""

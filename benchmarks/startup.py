@@ -1,6 +1,7 @@
 """How long one waits before training: `import clip_jax`, the first step of `train.py`, and compiling deep models.
 
-    python benchmarks/startup.py [--what=import,first_step,compile] [--rounds=3]
+    python benchmarks/startup.py [--what=import,first_step] [--rounds=3]
+    python benchmarks/startup.py --what=compile --variant=compile
 
 import       a new process that imports clip_jax and ends, less one that imports nothing.
 first_step   from the start of `python train.py` to the first record of its metrics.jsonl: with no compilation cache, and with the one
@@ -22,6 +23,10 @@ from records import ROOT, lane_name, new_record, say, summarize, write
 
 DEPTHS = (12, 48)
 WAIT = 600  # seconds for a first step
+NOTES = {
+    "import": "import is that of a process less that of an empty one",
+    "compile": "compile is lowering and compiling a step of emoji-vit with scan_layers and so many blocks in both towers, with no cache",
+}
 
 
 def process_seconds(code: str) -> float:
@@ -87,7 +92,7 @@ def main(options: argparse.Namespace) -> None:
     record = new_record("startup", options.variant or "emoji", unit="starts", dtype="float32", arguments=options.argument)
     record |= {"sides": {}, "lanes": {}, "missing": {}, "rounds": 0, "count": 1}
     record["pairs"] = [["first step, warm cache", "first step, no cache"], [f"compile, {DEPTHS[0]} layers", f"compile, {DEPTHS[1]} layers"]]
-    record["notes"] = ["seconds of processes of their own, in turn; import is that of a process less that of an empty one"]
+    record["notes"] = ["seconds of processes of their own, in turn"] + [note for what, note in NOTES.items() if what in options.what]
     with tempfile.TemporaryDirectory() as cache:
         work = {}
         if "import" in options.what:
@@ -116,7 +121,7 @@ if __name__ == "__main__":
         print(compile_here(int(sys.argv[2])))
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--what", default=["import", "first_step", "compile"], type=lambda text: text.split(","))
+    parser.add_argument("--what", default=["import", "first_step"], type=lambda text: text.split(","))
     parser.add_argument("--argument", action="append", default=[], help="one more for train.py, such as --argument=--config.batch_size=8")
     parser.add_argument("--rounds", default=3, type=int)
     parser.add_argument("--variant", default="", help="part of the result's file name")

@@ -1,5 +1,6 @@
 """What both sides of a benchmark are given: architectures, weights, pictures and captions, the same from fixed seeds."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -8,9 +9,6 @@ import sys
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from records import version
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -88,7 +86,8 @@ def make_weights(name: str, folder: pathlib.Path) -> None:
 
 def prepare_weights(name: str, folder: pathlib.Path) -> str:
     """`make_weights`, and an empty string; or why there are none, so that ours takes its own."""
-    if absent := [library for library in ("torch", "open_clip_torch") if not version(library)]:
+    # A checkout on PYTHONPATH will do: it is importable, though no installed distribution has its name.
+    if absent := [library for library in ("torch", "open_clip") if importlib.util.find_spec(library) is None]:
         return f"{' and '.join(absent)}: not installed"
     command = [sys.executable, "-W", "ignore", __file__, name, str(folder)]
     found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})

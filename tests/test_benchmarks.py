@@ -1,5 +1,6 @@
 """The benchmarks at toy size: that they run to the end and record what they say, and not how fast anything is."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -13,17 +14,26 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import classifier
+import encode
+import jax
+import jax.numpy as jnp
+import kernels
 import measure
 import records
 import report
+import train_step
 import work
+from flax import nnx
+
+from clip_jax.models import CLIP
 
 FIELDS = {"benchmark", "variant", "date", "commit", "dirty", "command", "machine", "versions", "dtype", "batch", "rounds", "count"}
 FIELDS |= {"sides", "lanes", "missing", "pairs", "ratios", "items", "flops", "agreement", "unit", "notes"}
 
 # Sides without a framework, so that the measuring itself is tested in moments: A sleeps, B computes, C is not installed.
 SCRIPT = """
-import sys, time
+import json, os, sys, time
 sys.path.insert(0, {benchmarks!r})
 from measure import Side, serve
 def sleeps(options):
@@ -37,7 +47,9 @@ def full(options):
     raise MemoryError("out of memory")
 def breaks(options):
     raise ValueError("of its own")
-serve(dict(sleeps=sleeps, computes=computes, absent=absent, full=full, breaks=breaks))
+def says(options):
+    return Side({{"": lambda: time.sleep(0.01)}}, lambda: None, "", facts=json.loads(os.environ["FACTS"])[sys.argv[2]])
+serve(dict(sleeps=sleeps, computes=computes, absent=absent, full=full, breaks=breaks, ours=says, torch=says))
 """
 
 
@@ -53,7 +65,7 @@ def is_consistent(record: dict) -> None:
         assert len(lane["seconds"]) == record["rounds"] and min(lane["seconds"]) > 0
         assert lane["median"] == statistics.median(lane["seconds"])
         assert (lane["least"], lane["most"]) == (min(lane["seconds"]), max(lane["seconds"]))
-        items, flops = record["items"].get(lane["lane"]), record["flops"].get(lane["lane"])
+        items, flops = (record.get(what, {}).get(lane["lane"]) for what in ("items", "flops"))
         if items:
             assert math.isclose(lane["items_per_second"] * lane["median"], items)
         if flops:
@@ -89,6 +101,50 @@ def test_sides_take_turns_and_are_recorded(script, tmp_path):
 def test_a_side_without_memory_says_so(script):
     with pytest.raises(measure.OutOfMemory, match="full: out of memory"):
         measure.take_turns(script, ["full"], {}, {}, rounds=1)
+
+
+@pytest.mark.parametrize("far", (False, True))
+@pytest.mark.parametrize("module", (train_step, encode, classifier, kernels), ids=lambda module: module.__name__)
+def test_sides_that_disagree_leave_no_record(module, far, script, tmp_path, monkeypatch):
+    near = {"losses": {"full": [2.0]} if module is train_step else {"softmax": 2.0}, "features": [[1.0, 0.0]], "classifier": [[1.0, 0.0]]}
+    away = {"losses": {"full": [2.1]} if module is train_step else {"softmax": 2.1}, "features": [[0.0, 1.0]], "classifier": [[0.0, 1.0]]}
+    monkeypatch.setenv("FACTS", json.dumps({"ours": near, "torch": away if far else near}))
+    monkeypatch.setattr(module, "__file__", script)  # whose sides take the place of its own
+    monkeypatch.setattr(module, "prepare_weights", lambda *_: "", raising=False)
+    separator = ";" if module is kernels else ","
+    turn = [] if module is classifier else ["--turn=0"]
+    what = ["--what=loss"] if module is kernels else []
+    options = module.parse([*what, *turn, f"--sides=ours{separator}torch", "--rounds=1", "--product=-1", f"--output={tmp_path}"])
+    if far:
+        with pytest.raises(SystemExit, match="torch: .* differ"):
+            module.main(options)
+    else:
+        module.main(options)
+    assert len([*tmp_path.glob("*.json")]) == (not far)
+
+
+def test_a_command_names_the_python_of_our_side(script, monkeypatch):
+    monkeypatch.setenv("FACTS", json.dumps({"ours": {}}))
+    command = lambda record: measure.take_turns(script, ["ours"], {}, record, rounds=0, product=-1)["command"]
+    new = lambda: records.new_record("encode", "a")
+    assert command(new()) == new()["command"]
+    monkeypatch.setenv("OUR_PYTHON", sys.executable)
+    assert command(new()) == f"OUR_PYTHON=python{sys.version_info.major}.{sys.version_info.minor} {new()['command']}"
+
+
+def test_libraries_that_are_checkouts_are_taken(tmp_path, monkeypatch):
+    there = {"torch", "open_clip"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(records, "version", lambda library: None)  # there is no such distribution
+    monkeypatch.setattr(work.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", ""))
+    assert work.prepare_weights("toy", tmp_path) == ""
+    there.remove("open_clip")
+    assert work.prepare_weights("toy", tmp_path) == "open_clip: not installed"
+
+
+def test_a_run_without_a_side_is_an_error(script):
+    with pytest.raises(SystemExit, match="no side can be measured: .*a_library_that_nobody_has: not installed"):
+        measure.take_turns(script, ["absent"], {}, {}, rounds=1)
 
 
 def test_real_captions_are_as_long_as_they_are_said_to_be():
@@ -159,8 +215,31 @@ def test_the_losses(tmp_path):
 
 def test_the_classifier(tmp_path):
     record = run("classifier.py", tmp_path, "--model=toy", "--classes=3", "--few=1", "--rounds=1", "--product=64", "--sides=ours")
-    assert record.keys() >= FIELDS - {"batch"}
+    assert record.keys() >= FIELDS - {"batch"} and record["lanes"]["ours"]["share_of_product"] > 0
     is_consistent(record)
+
+
+def test_what_the_gpu_is_for_begins_and_ends_at_toy_size(tmp_path):
+    (tmp_path / "open_clip").mkdir()
+    (tmp_path / "open_clip" / "__init__.py").touch()  # a checkout, of no installed distribution
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as metadata\nfound = metadata.version\n"
+        "def version(name):\n"
+        "    if name == 'open_clip_torch':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "metadata.version = version\n"
+    )
+    toy = {"GPU_TOY": "1", "SIDES": "ours", "ONLY": "attention|text|checkpoint", "PYTHON": sys.executable, "BUDGET": "600"}
+    there = {"OUT": str(tmp_path / "results"), "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run([str(ROOT / "benchmarks" / "gpu.sh")], capture_output=True, text=True, env=os.environ | toy | there)
+    said = found.stdout + found.stderr
+    assert found.returncode == 0 and "not whole" not in said, said[-2000:]
+    assert "open_clip_torch version unknown" in said
+    names = {file.name for file in (tmp_path / "results").glob("*.json")}
+    assert names == {"attention-toy-gpu-attention.json", "encode-toy-gpu-B32-text.json", "checkpoint-toy-gpu-checkpoint.json"}
+    for name in names:
+        is_consistent(json.loads((tmp_path / "results" / name).read_text()))
 
 
 PEERS = {
@@ -192,6 +271,33 @@ def test_the_page_is_made_of_the_results(script, tmp_path):
     for said in ("## Embedding", "What was tried.", f"{lane['median'] * 1e3:,.2f}", f"{ratio['ratio']:.2f}", "A note", record["commit"][:9]):
         assert said in text
     assert "Left out: absent, a_library_that_nobody_has: not installed" in text
+
+
+@pytest.mark.parametrize("backend, attention, dtype, kernel", [
+    ("gpu", "cudnn", "bfloat16", "cudnn"),
+    ("gpu", "cudnn", "float32", "xla"),
+    ("gpu", "xla", "bfloat16", "xla"),
+    ("cpu", "cudnn", "bfloat16", "xla"),
+])  # fmt: skip
+def test_cudnn_is_asked_where_it_can_answer(backend, attention, dtype, kernel, monkeypatch):
+    """By the blocks of both towers; the last one's single query, under lengths of keys, goes to XLA."""
+    asked, xla = [], jax.nn.dot_product_attention
+
+    def spy(q, k, v, *, implementation=None, is_causal=False, **named):
+        asked.append((q.shape[1], is_causal, implementation))
+        return xla(q, k, v, is_causal=is_causal, **named)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = work.architecture("toy", dtype)
+    config = dataclasses.replace(config, attention=attention, text=dataclasses.replace(config.text, layers=2))
+
+    def towers():
+        model = CLIP(config, rngs=nnx.Rngs(0))
+        return model.encode_image(jnp.zeros((2, 32, 32, 3))), model.encode_text(jnp.zeros((2, 16), jnp.int32))
+
+    jax.eval_shape(towers)
+    assert asked == [(5, False, kernel), (1, False, None), (16, True, kernel), (1, False, None)]
 
 
 def test_idle_sides_use_no_processor_time(script):
