@@ -17,7 +17,7 @@ import jax
 import clip_jax
 from clip_jax.compilation import keep_compiled
 from clip_jax.config import did_you_mean, parse_command_line
-from clip_jax.distributed import errors_on_all, is_first, join
+from clip_jax.distributed import errors_on_all, first_says, is_first, join
 from clip_jax.errors import UserError, run_program
 from clip_jax.evaluation.encoder import BATCH, Encoder
 from clip_jax.evaluation.names import TASKS
@@ -25,7 +25,7 @@ from clip_jax.evaluation.published import published
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.results import check_name, format_table, main_metric, read_results, write_results
 from clip_jax.evaluation.sets import check_here, is_here
-from clip_jax.evaluation.tasks import PROBES, SUITES, Measurement, Unsuitable
+from clip_jax.evaluation.tasks import KINDS, PROBES, SUITES, Measurement, Unsuitable
 
 TOLERANCE = 0.1  # percent, unless told otherwise
 FEATURES = ("projected", "pooled")  # what probes see: after the projection, or before it
@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> None:
     measurement = Measurement(
         encoder, model.config.name, options["checkpoint"], options["data_dir"] or None, probes, cache, features == "pooled"
     )
-    before = read_results(output) if output and options["suite"] else []
+    with errors_on_all():
+        before = read_results(output) if output and options["suite"] else []
     records, parts, failed = [], [], False
     # An error of one process alone, such as of reading a picture, leaves the others waiting: it ends the program.
     passed_over = UserError if jax.process_count() == 1 else Unsuitable
@@ -66,8 +67,10 @@ def main(arguments: list[str]) -> None:
         if kept and is_first():
             print(f"{task}: {', '.join(record['task'] for record in kept)} measured before, taken from {output}", file=sys.stderr)
         records += kept
+        found = {record["task"] for record in kept}
+        done = {kind for kind in KINDS if first_says(kind in found)}  # its file is the one that is written
         try:
-            for record, part in measurement.of(task, {record["task"] for record in kept}):
+            for record, part in measurement.of(task, done):
                 records.append(record)
                 if options["report"] and part:
                     parts.append(part)

@@ -50,7 +50,7 @@ def summarize(record: Record) -> None:
 
 def new_record(benchmark: str, variant: str, **about: Any) -> Record:
     """What every record begins with.  `variant` tells apart the records of a benchmark, and is part of the file's name."""
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")  # of the suite, one by one
     return {
         "benchmark": benchmark,
         "variant": variant,

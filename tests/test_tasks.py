@@ -138,7 +138,9 @@ def test_a_suite_names_what_is_not_here_and_goes_on_where_it_stopped(checkpoint,
     first = json.loads(output.read_text())
     first[0]["metrics"]["acc1"] = 0.123456
     output.write_text(json.dumps(first))
-    table, said = run(capsys, *arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "open_set", lambda *arguments: pytest.fail("opened again"))
+        table, said = run(capsys, *arguments)
     assert "12.35%" in table and f"zeroshot_classification measured before, taken from {output}" in said
     # What else is wanted is measured.
     table, _ = run(capsys, *arguments, "--probes=knn")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ SUITES = {
     "all": ("emoji", *TASKS),
 }
 PROBES = {"linear": "linear_probe", "knn": "knn", "few_shot": "few_shot"}  # and what their records call them
+ZERO_SHOT = ("zeroshot_classification", "zeroshot_retrieval")
+KINDS = (*ZERO_SHOT, *PROBES.values())
 NEIGHBOURS = 20  # of k-NN, where there are as many training pictures
 SHOTS = (1, 2, 4, 8, 16)  # samples a class, as far as a set has them
 NEAREST = 5  # pictures or texts that a report shows
@@ -72,17 +74,20 @@ class Measurement:
         known = [self.encoder.config.to_dict(), digests(nnx.to_pure_dict(self.encoder.variables))]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
-    def of(self, task: str, done: Collection[str] = ()) -> Results:
+    def of(self, task: str, done: Set[str] = frozenset()) -> Results:
         """The results of a task, one after the other: zero-shot, then the probes.
 
         Args:
-          done: the results that are not wanted, as records call them: `zeroshot_classification`, `linear_probe`, ...
+          done: the KINDS of results that are not wanted.
 
         Raises:
           Unsuitable: the set, or its training split, is not there or not sound.  What came before holds.
         """
         if task == "emoji":
             yield from self.emoji(load_emoji(), done)
+            return
+        probes = [probe for probe in self.probes if PROBES[probe] not in done]
+        if not probes and not done.isdisjoint(ZERO_SHOT):
             return
         with _on_all():
             found = open_set(task, self.data_dir)
@@ -92,7 +97,6 @@ class Measurement:
             yield self._retrieved(task, found.name, found.captions, found.read, features())
         if not captioned and "zeroshot_classification" not in done:
             yield self._classified(task, found, features())
-        probes = [probe for probe in self.probes if PROBES[probe] not in done]
         if probes and captioned:
             _say(f"{task}: no probes, for its pictures have captions and no classes")
         elif probes:
@@ -144,7 +148,7 @@ class Measurement:
     def _record(self, task: str, dataset: str, kind: str, metrics: dict[str, Any]) -> dict[str, Any]:
         return record_of(dataset, self.model, self.pretrained, kind, metrics, task, self.weights)
 
-    def emoji(self, emoji: Emoji, done: Collection[str] = ()) -> Results:
+    def emoji(self, emoji: Emoji, done: Set[str] = frozenset()) -> Results:
         """The embedded task, or that with the pictures of another vendor."""
         read = lambda numbers: [emoji.pictures[i] for i in numbers]
         every = LabelledSet("emoji_fluent", "emoji", emoji.class_names, EMOJI_TEMPLATES, emoji.labels, read)
