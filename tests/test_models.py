@@ -260,6 +260,7 @@ def test_an_architecture_survives_json(name):
         (SIGLIP.vision, {"heads": 0}, "model.vision.heads is 0, expected at least 1"),
         (TEXT, {"width": 100, "heads": 3}, "model.text.width 100 is not a multiple of model.text.heads 3"),
         (TEXT, {"vocabulary_size": -1}, "model.text.vocabulary_size is -1, expected at least 1"),
+        (TEXT, {"mlp_ratio": -1.0}, "model.text.mlp_ratio is -1.0, expected a ratio that gives an MLP of width 1 or more"),
         (TEXT, {"layers": 0}, "model.text.layers is 0, expected at least 1"),
         (TEXT, {"context_length": 1}, "model.text.context_length is 1, expected at least 2"),
         (ARCHITECTURES["ViT-B/32"], {"activation": "relu"}, "activation is 'relu', expected one of quick_gelu"),
