@@ -108,7 +108,7 @@ TINY += ["--config.total_steps=4", "--config.log_every=1", "--config.checkpoint_
 def test_a_run_that_goes_on_does_not_ask_for_it_again(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(clip_jax.step, "whole_batch", towards_a_half)
     for name in ("Measurement", "write_results", "format_table"):  # the evaluation at the end
-        monkeypatch.setattr(train, name, mock.MagicMock(**{"return_value.of.return_value": ([], [])}))
+        monkeypatch.setattr(train, name, mock.MagicMock(**{"return_value.of.return_value": []}))
     monkeypatch.setattr(clip_jax.figures, "draw_figures", lambda *_: None)
     monkeypatch.setattr(train, "make_mesh", lambda config, devices: make_mesh(config, devices[:2]))  # eight take longer
     emoji = ARCHITECTURES["emoji-vit"]

@@ -46,7 +46,7 @@ class NotMeasured:
         pass
 
     def of(self, _):
-        return [], None
+        return []
 
 
 @pytest.fixture(scope="module")
