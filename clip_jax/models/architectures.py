@@ -224,14 +224,14 @@ def _check_pooling(tower) -> None:
 
 def _check_sizes(name: str, tower, **least: int) -> None:
     """Every whole number of a tower is 1 or more, or as many as `least` says, and so is the width of its MLPs."""
-    if getattr(tower, "mlp_width", 1) < 1:
-        raise UserError(f"model.{name}.mlp_ratio is {tower.mlp_ratio}, expected a ratio that gives an MLP of width 1 or more")
     for field in dataclasses.fields(tower):
         value, lowest = getattr(tower, field.name), least.get(field.name, 1)
         if field.type is int and value < lowest:
             raise UserError(f"model.{name}.{field.name} is {value}, expected at least {lowest}")
         if field.type == tuple[int, ...] and not (value and all(isinstance(part, int) and part >= 1 for part in value)):
             raise UserError(f"model.{name}.{field.name} is {value}, expected one or more whole numbers of at least 1")
+    if getattr(tower, "mlp_width", 1) < 1:
+        raise UserError(f"model.{name}.mlp_ratio is {tower.mlp_ratio}, expected a ratio that gives an MLP of width 1 or more")
 
 
 def _check_image_size(size: int, step: int, what: str) -> None:
