@@ -61,8 +61,7 @@ class Retrieved:
     def __post_init__(self):
         _check(f"{self.name}: owners", self.owners, self.pictures)
         for what, size in (("best_images", self.pictures), ("best_texts", len(self.captions))):
-            for found in getattr(self, what).values():
-                _check(f"{self.name}: {what}", found, size)
+            _check(f"{self.name}: {what}", np.ravel([*getattr(self, what).values()]), size)
         if self.similarity is not None:
             _check(f"{self.name}: similarity", self.similarity)
 
@@ -86,10 +85,10 @@ def write_report(file: pathlib.Path, title: str, records: list[dict], parts: Seq
     Raises:
       UserError: the file cannot be written.
     """
-    page = _page(title, records, parts)
+    page = _page(title, records, parts).encode("utf-8", "replace")  # half a surrogate pair, from the name of a file, becomes "?"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(page.encode("utf-8", "replace"))  # half a surrogate pair, from the name of a file, becomes "?"
+        file.write_bytes(page)
     except OSError as error:
         raise UserError(f"{file}: the report cannot be written ({error.strerror}); take another path") from error
 
@@ -187,8 +186,7 @@ def _image(picture: PIL.Image.Image, alt: str, kind: str, **options: object) -> 
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     data = base64.b64encode(buffer.getvalue()).decode()
-    size = f'width="{picture.width}" height="{picture.height}"'
-    return f'<img src="data:image/{kind.lower()};base64,{data}" {size} alt="{_escape(alt)}">'
+    return f'<img src="data:image/{kind.lower()};base64,{data}" width="{picture.width}" height="{picture.height}" alt="{_escape(alt)}">'
 
 
 def _classified(part: Classified) -> str:
