@@ -1,12 +1,15 @@
 """Files, wherever they are: on this machine, in gs:// or s3:// buckets, or at https:// addresses, by fsspec."""
 
 import concurrent.futures
+import contextlib
 import functools
 import os
+import pathlib
 import re
+import tempfile
 import time
-from collections.abc import Sequence
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, BinaryIO
 
 import fsspec
 
@@ -150,3 +153,17 @@ def _read_part(file: BinaryIO, start: int, size: int | None) -> bytes | Exceptio
 @functools.cache
 def _local_readers() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(16, "read")
+
+
+@contextlib.contextmanager
+def whole_or_not(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when it is written: what was there is not lost to a full disk."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as beside:
+        try:
+            yield beside
+            beside.flush()
+        except BaseException:
+            os.unlink(beside.name)
+            raise
+    os.chmod(beside.name, 0o644)
+    os.replace(beside.name, path)

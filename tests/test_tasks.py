@@ -22,7 +22,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation import tasks
 from clip_jax.evaluation.encoder import Encoder
 from clip_jax.evaluation.published import published
-from clip_jax.evaluation.results import format_table, record_of, write_results
+from clip_jax.evaluation.results import format_table, read_results, record_of, write_results
 from clip_jax.evaluation.sets import open_set
 from clip_jax.evaluation.tasks import Measurement
 from clip_jax.models import CLIP
@@ -261,6 +261,15 @@ def test_while_training(checkpoint, colors):
     config.evaluate.tasks = ("cifar11",)
     with pytest.raises(UserError, match="cifar11: expected a folder or the name of a set; did you mean cifar10"):
         Evaluations(config)
+
+
+def test_results_of_one_name_have_files_of_their_own(tmp_path):
+    record = record_of("set", "m", "p", "knn", {"knn_acc1": 0.5, "features": "pooled"}, "a/set", "1")
+    others = [record | {"asked": "b/set"}, record | {"weights": "2"}, record | {"settings": {"features": "projected"}}]
+    write_results(tmp_path / "results", [record, *others])
+    write_results(tmp_path / "results", [record | {"metrics": {"knn_acc1": 0.25}}])  # the same again
+    found = read_results(tmp_path / "results")
+    assert len(found) == 4 and sorted(r["metrics"]["knn_acc1"] for r in found) == [0.25, 0.5, 0.5, 0.5]
 
 
 def test_an_impossible_path_is_named_and_a_full_file_is_kept(tmp_path):

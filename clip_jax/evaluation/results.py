@@ -1,17 +1,15 @@
 """Results for people and for programs: a table, CLIP_benchmark's JSON, DataComp's JSON lines, CSV."""
 
-import contextlib
 import csv
+import hashlib
 import io
 import json
-import os
 import pathlib
 import re
-import tempfile
-from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 from clip_jax.errors import UserError
+from clip_jax.files import whole_or_not
 
 BESIDE = ("_chance", "_interval")  # of a metric, beside it
 MAIN = {"zeroshot_classification": "acc1", "zeroshot_retrieval": "image_retrieval_recall@1", "linear_probe": "lp_acc1"}
@@ -66,7 +64,7 @@ def check_name(file: pathlib.Path) -> None:
 def write_results(file: pathlib.Path, records: list[dict[str, Any]]) -> None:
     """Writes the records by the ending of the file: .json, .jsonl as DataComp, .csv with a line a metric, or a folder.
 
-    JSON has CLIP_benchmark's records, in a folder one a file under CLIP_benchmark's names, as its `build` reads them.
+    JSON has CLIP_benchmark's records, in a folder one a file, as its `build` reads them.
     """
     check_name(file)
     texts = {file: kind(records) for ending, kind in ((".json", _json), (".jsonl", _lines), (".csv", _csv)) if file.suffix == ending}
@@ -93,23 +91,11 @@ def read_results(file: pathlib.Path) -> list[dict[str, Any]]:
     return found
 
 
-@contextlib.contextmanager
-def whole_or_not(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when it is written: what was there is not lost to a full disk."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as beside:
-        try:
-            yield beside
-            beside.flush()
-        except BaseException:
-            os.unlink(beside.name)
-            raise
-    os.chmod(beside.name, 0o644)
-    os.replace(beside.name, path)
-
-
 def _name(record: dict[str, Any]) -> str:
+    """CLIP_benchmark's, and what tells apart results for which that is the same: of two places, weights, or kinds of features."""
     parts = [record[field] for field in ("dataset", "pretrained", "model", "language", "task")]
-    return re.sub(r"[^\w.@+-]", "_", "_".join(parts)) + ".json"
+    other = json.dumps([parts, record["asked"], record["weights"], record["settings"].get("features")])
+    return re.sub(r"[^\w.@+-]", "_", "_".join(parts)) + f"_{hashlib.sha256(other.encode()).hexdigest()[:8]}.json"
 
 
 def _json(records: Any) -> str:

@@ -27,9 +27,10 @@ from clip_jax.evaluation.knn import knn
 from clip_jax.evaluation.names import TASKS
 from clip_jax.evaluation.probe import few_shot, linear_probe
 from clip_jax.evaluation.report import Classified, Retrieved, some_of
-from clip_jax.evaluation.results import record_of, whole_or_not
+from clip_jax.evaluation.results import record_of
 from clip_jax.evaluation.scores import classification_metrics, retrieval_metrics
 from clip_jax.evaluation.sets import CaptionedSet, LabelledSet, open_set
+from clip_jax.files import whole_or_not
 
 # Of CLIP_benchmark's vtab+ all but voc2007_multilabel, whose pictures have several labels, which is another measure.
 NOT_IN_VTAB = ("photographs", "food101")
